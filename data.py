@@ -1,0 +1,262 @@
+"""
+Data sets, each as `batch(split, step, worker, workers)`: a pure function of its arguments and the seed.
+
+A loader without state: the batch of step 1000 is the same whether the run came there in one go or was resumed, so a
+checkpoint has nothing to say about data.  Token files are the .bin shards of llm.c and modded-nanogpt: a header of 256
+int32 (20240520, 1, number of tokens, vocabulary size or 0 for GPT-2's 50257, zeros), then the tokens as uint16.
+
+    python data.py fineweb --shards 10                     fetch FineWeb, tokenised with GPT-2's vocabulary
+    python data.py text a.txt b.txt --out datasets/mine    tokenise your own files into mine_train.bin and mine_val.bin
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+MAGIC, VERSION, HEADER = 20240520, 1, 256 * 4                        # HEADER in bytes
+FOLDER = Path("datasets")                                            # where fetched and tokenised files go
+VAL_SEQUENCES = 256                                                  # validation reads this many sequences, always the same
+
+
+class UserError(Exception):
+    """Something the user can mend.  The message is one line that says what is wrong and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+def byte_encoding():
+    """The simplest tokenizer there is: 256 tokens, one for each byte."""
+    return tiktoken.Encoding("bytes", pat_str=r"(?s).+", special_tokens={},
+                             mergeable_ranks={bytes([i]): i for i in range(256)})
+
+
+def encoding_for(vocab_size):
+    """The tiktoken encoding of a vocabulary of this size: bytes (256) or GPT-2 (50257; fetched on first use)."""
+    if vocab_size == 256:
+        return byte_encoding()
+    if vocab_size != 50257:
+        raise UserError(f"no tokenizer is known for a vocabulary of {vocab_size}; known are 256 (bytes) and 50257 (GPT-2)")
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as e:
+        raise UserError(f"GPT-2's tokenizer could not be fetched ({type(e).__name__}); is there a network?") from None
+
+
+def write_bin(path, tokens, vocab_size):
+    """Writes tokens (integers below 65536) as a .bin shard; the file appears whole or not at all."""
+    header = np.zeros(256, np.int32)
+    header[:4] = MAGIC, VERSION, len(tokens), 0 if vocab_size == 50257 else vocab_size
+    part = Path(f"{path}.part")
+    with open(part, "wb") as f:
+        f.write(header.tobytes() + np.asarray(tokens, np.uint16).tobytes())
+    os.replace(part, path)
+
+
+def read_bin(path):
+    """-> (tokens uint16, mapped not read; vocabulary size).  Raises UserError for anything but a whole, valid shard."""
+    try:
+        size = os.path.getsize(path)
+        header = np.fromfile(path, np.int32, 256) if size >= HEADER else np.zeros(256, np.int32)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    magic, version, count, vocab = map(int, header[:4])
+    if (magic, version) != (MAGIC, VERSION) or count < 0 or not 0 <= vocab <= 65536:
+        raise UserError(f"{path} is not a token shard: its header should begin {MAGIC}, {VERSION}; make one with data.py text")
+    if size != HEADER + 2 * count:
+        raise UserError(f"{path} should have {HEADER + 2 * count} bytes ({count} tokens) but has {size}: fetch or write it again")
+    tokens, vocab = np.memmap(path, np.uint16, "r", HEADER, (count,)) if count else np.zeros(0, np.uint16), vocab or 50257
+    if count and int(tokens.max()) >= vocab:
+        raise UserError(f"{path} has token {tokens.max()}, but its vocabulary is {vocab}: tokenise it again")
+    return tokens, vocab
+
+
+class Tokens:
+    """Text as a language model's batches.  splits: {"train": [arrays of tokens], "val": [...]}"""
+
+    def __init__(self, splits, vocab_size, batch_size, seq_len, seed):
+        self.splits, self.vocab_size = splits, vocab_size
+        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
+        for split, need in ("train", batch_size * seq_len + 1), ("val", seq_len + 1):
+            have = max(map(len, splits[split]), default=0)
+            if have < need:
+                raise UserError(f"the {split} data has {have} tokens, too short for one batch, which needs {need}: "
+                                f"use a smaller --batch-size or --seq-len, or more text")
+        # Validation reads windows spread evenly over the first val shard
+        self.val_count = min(VAL_SEQUENCES, (len(splits["val"][0]) - 1) // seq_len)
+
+    def val_steps(self, workers):
+        """Number of "val" batches of each worker; all workers together read every validation sequence once."""
+        return -(-self.val_count // (self.batch_size * workers))
+
+    def batch(self, split, step, worker, workers):
+        """-> inputs, targets: int64 [B, T].  train: random windows; val: this worker's share, the last ones may be short."""
+        if split == "train":
+            lengths = torch.tensor([len(tokens) - self.seq_len for tokens in self.splits[split]])
+            digest = hashlib.sha256(f"{self.seed}/{step}/{worker}/{workers}".encode()).digest()
+            rng = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            starts = torch.randint(int(lengths.sum()), (self.batch_size,), generator=rng)
+            shards = torch.searchsorted(lengths.cumsum(0), starts, right=True)
+            starts -= (lengths.cumsum(0) - lengths)[shards]
+        else:
+            first = (step * workers + worker) * self.batch_size
+            which = torch.arange(first, min(first + self.batch_size, self.val_count))
+            stride = (len(self.splits[split][0]) - 1) // self.val_count
+            starts, shards = which * stride, torch.zeros_like(which)
+        windows = [self.splits[split][s][i:i + self.seq_len + 1].astype(np.int64) for s, i in zip(shards, starts)]
+        windows = torch.from_numpy(np.array(windows, np.int64).reshape(-1, self.seq_len + 1))
+        return windows[:, :-1], windows[:, 1:]
+
+
+def stdlib_splits():
+    """The source of this Python's standard library, about 11 MB that is on every machine, as byte tokens.
+
+    Every tenth file or so, chosen by a hash of its path, is for validation.
+    """
+    root, encoding = Path(sysconfig.get_path("stdlib")), byte_encoding()
+    splits = {"train": [], "val": []}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if not {"test", "tests", "idle_test", "site-packages"} & set(name.parts):
+            tokens = encoding.encode_ordinary(path.read_bytes().decode("utf-8", "replace"))
+            digest = hashlib.sha256(name.as_posix().encode()).digest()
+            splits["val" if digest[0] < 26 else "train"].append(np.array(tokens, np.uint8))
+    return {split: [np.concatenate(files)] if files else [] for split, files in splits.items()}
+
+
+def load(name, batch_size, seq_len, seed):
+    """The data set of --data: stdlib, fineweb or the path of a .bin shard."""
+    if name == "stdlib":
+        return Tokens(stdlib_splits(), 256, batch_size, seq_len, seed)
+    if name == "fineweb":
+        paths = {split: sorted(FOLDER.glob(f"fineweb_{split}_*.bin")) for split in ("train", "val")}
+        if not all(paths.values()):
+            raise UserError(f"no FineWeb shards in {FOLDER}: fetch some with  python data.py fineweb --shards 1")
+    elif not name.endswith(".bin"):
+        raise UserError(f"unknown --data {name}: use stdlib, fineweb or the path of a .bin token file")
+    else:
+        paths = {"train": [Path(name)], "val": []}
+        twin = Path(name).with_name(Path(name).name.replace("train", "val"))
+        if twin.name != Path(name).name and twin.exists():
+            paths["val"] = [twin]
+    shards = {split: [read_bin(p) for p in paths[split]] for split in paths}
+    vocab_sizes = {vocab for split in shards.values() for _, vocab in split}
+    if len(vocab_sizes) > 1:
+        raise UserError(f"the shards of {name} have different vocabularies: {sorted(vocab_sizes)}")
+    splits = {split: [tokens for tokens, _ in shards[split]] for split in shards}
+    if not splits["val"]:                                            # no validation file: the last tenth
+        tokens, = splits["train"]
+        edge = len(tokens) * 9 // 10
+        splits = {"train": [tokens[:edge]], "val": [tokens[edge:]]}
+    return Tokens(splits, vocab_sizes.pop(), batch_size, seq_len, seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fetching and tokenising ahead of time
+# ---------------------------------------------------------------------------------------------------------------------
+
+def fetch(url, path, tries=5):
+    """Downloads a token shard, going on where a broken transfer stopped; `path` appears only when whole and checked."""
+    part = Path(f"{path}.part")
+    for attempt in range(tries):
+        have = part.stat().st_size if part.exists() else 0
+        try:
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                resumed = reply.status == 206                        # 200: the server sends all of it again
+                with open(part, "ab" if resumed else "wb") as f:
+                    while chunk := reply.read(1 << 20):
+                        f.write(chunk)
+                wanted = (have if resumed else 0) + int(reply.headers["Content-Length"])
+            if part.stat().st_size == wanted:
+                break
+            problem = "the transfer broke off"
+        except urllib.error.HTTPError as e:
+            if e.code == 416:                                        # nothing is left to send
+                break
+            problem = f"the server answers {e.code}"
+            if 400 <= e.code < 500:
+                raise UserError(f"cannot fetch {url}: {problem}") from None
+        except (OSError, ValueError) as e:                           # no route, time-out, reset
+            problem = str(getattr(e, "reason", e))
+        if attempt < tries - 1:
+            time.sleep(min(2 ** attempt, 10) * 0.1)
+    else:
+        raise UserError(f"cannot fetch {url}: {problem} ({tries} tries); run the command again to go on from here")
+    try:
+        read_bin(part)
+    except UserError as e:
+        part.unlink()
+        raise UserError(f"{url} sent something else than a whole token shard: {e}") from None
+    os.replace(part, path)
+
+
+def fetch_fineweb(shards):
+    """The first `shards` of 103 training shards, 100M tokens and 200 MB each, and the validation shard."""
+    FOLDER.mkdir(exist_ok=True)
+    site = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    for name in ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)]:
+        if not (FOLDER / name).exists():
+            print(f"fetching {name}", flush=True)
+            fetch(f"{site}/datasets/kjj0/fineweb10B-gpt2/resolve/main/{name}", FOLDER / name)
+
+
+def tokenise(files, out, encoding):
+    """Writes OUT_train.bin and OUT_val.bin, the first nine tenths and the last of all files' tokens."""
+    encoding = encoding_for({"bytes": 256, "gpt2": 50257}[encoding])
+    tokens = []
+    for file in files:
+        try:
+            tokens.append(np.array(encoding.encode_ordinary(Path(file).read_bytes().decode("utf-8", "replace")), np.uint16))
+        except OSError as e:
+            raise UserError(f"cannot read {file}: {e.strerror}") from None
+    tokens = np.concatenate(tokens)
+    edge = len(tokens) * 9 // 10
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    for split, part in ("train", tokens[:edge]), ("val", tokens[edge:]):
+        write_bin(f"{out}_{split}.bin", part, encoding.n_vocab)
+        print(f"{out}_{split}.bin: {len(part)} tokens")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def main():
+    parser = Parser(description="Fetch or tokenise training text ahead of time.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    fineweb = commands.add_parser("fineweb", help="fetch FineWeb, tokenised with GPT-2's vocabulary")
+    fineweb.add_argument("--shards", type=int, default=1, help="training shards of 100M tokens, 1 to 103 [%(default)s]")
+    text = commands.add_parser("text", help="tokenise text files")
+    text.add_argument("files", nargs="+", metavar="FILE")
+    text.add_argument("--out", default=str(FOLDER / "text"), help="beginning of the two files' paths [%(default)s]")
+    text.add_argument("--encoding", choices=["bytes", "gpt2"], default="bytes", help="[%(default)s]")
+    try:
+        args = parser.parse_args()
+        if args.command == "text":
+            tokenise(args.files, args.out, args.encoding)
+        elif not 1 <= args.shards <= 103:
+            raise UserError(f"--shards must be from 1 to 103, not {args.shards}")
+        else:
+            fetch_fineweb(args.shards)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

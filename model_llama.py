@@ -1,0 +1,257 @@
+"""
+A compact LLaMA that can be built at any held size.  It knows nothing of workers or of communication.
+
+The model is a stack of residual branches, x <- x + f(x).  The inside of each branch is a *sum over its neurons*:
+
+    attention   a neuron is one KV head, with the query heads that read it      o_proj(concat of heads) = sum of heads
+    MLP         a neuron is one hidden unit of the SwiGLU                        down_proj(hidden)       = sum of units
+
+So a branch with any subset of its neurons is again a branch of the same kind, only smaller, and a subnetwork is an
+ordinary Llama with smaller matrices.  A branch with no neuron left is not built at all: x <- x.
+
+Parameters have the names and the shapes of `transformers.LlamaForCausalLM`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class LlamaConfig:
+    """Sizes of the full model.  The fields have the names of `transformers.LlamaConfig`."""
+    vocab_size: int = 256
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    max_position_embeddings: int = 256
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def queries_per_kv(self):
+        """Grouped-query attention: this many query heads read one KV head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+
+# The paper gives the parameter counts of its models but not their shapes; these shapes are ours.
+PRESETS = {
+    "llama-tiny": LlamaConfig(),
+    "llama-134m": LlamaConfig(32000, 768, 2048, 12, 12, 12, 2048),
+    "llama-500m": LlamaConfig(32000, 1280, 3456, 20, 20, 20, 2048),
+    "llama-1b": LlamaConfig(32000, 2048, 5504, 18, 32, 32, 2048),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What sdp.py has to know: the branches and their neurons, and how each parameter is made of neurons
+# ---------------------------------------------------------------------------------------------------------------------
+
+def branches(c):
+    """Branch name (the module's path) -> (block, neurons, bytes, FLOPs, activations), the last three for one neuron.
+
+    Bytes are of float32 weights; FLOPs are of one token's forward and backward pass; activations are the numbers kept
+    for the backward pass, for one token.  They serve to balance the load of the workers, so only their ratios matter.
+    """
+    d, heads = c.hidden_size, c.queries_per_kv                       # a KV head and the query heads that read it:
+    head = (2 * heads + 2) * c.head_dim * d                          # parameters: rows of q, k, v and columns of o
+    pairs = 12 * c.max_position_embeddings * heads * c.head_dim      # FLOPs of q k^T and of probabilities times v
+    out = {}
+    for i in range(c.num_hidden_layers):
+        out[f"model.layers.{i}.self_attn"] = (i, c.num_key_value_heads, 4 * head, 6 * head + pairs,
+                                              (2 * heads + 2) * c.head_dim)
+        out[f"model.layers.{i}.mlp"] = (i, c.intermediate_size, 4 * 3 * d, 6 * 3 * d, 4)
+    return out
+
+
+# Parameter -> the dimension its neurons lie along (neuron n owns an equal run of rows, or of columns)
+DIMS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 0, "up_proj": 0, "down_proj": 1}
+# The norm before a branch belongs to the branch as a whole
+NORM_OF = {"input_layernorm": "self_attn", "post_attention_layernorm": "mlp"}
+
+
+def layout(c):
+    """Full parameter name -> (branch or None, dimension of its neurons or None, full shape), in forward order.
+
+    Branch None means shared: every subnetwork holds the parameter whole (embedding, final norm, head).
+    """
+    with torch.device("meta"):                                       # shapes only, no memory
+        full = Llama(c)
+    out = {}
+    for name, p in full.named_parameters():
+        *path, module, _ = name.split(".")
+        path = ".".join(path)
+        if module in DIMS:
+            out[name] = path, DIMS[module], p.shape
+        elif module in NORM_OF:
+            out[name] = f"{path}.{NORM_OF[module]}", None, p.shape
+        else:
+            out[name] = None, None, p.shape
+    return out
+
+
+def init(c, name, tensor, generator):
+    """Fills one full parameter in place: norms with 1, the rest from a normal distribution (GPT-2's rule)."""
+    if "norm" in name:
+        tensor.fill_(1.0)
+    else:
+        std = 0.02
+        if "o_proj" in name or "down_proj" in name:                  # 2L branches add to the residual stream
+            std /= (2 * c.num_hidden_layers) ** 0.5
+        tensor.normal_(0.0, std, generator=generator)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model.  Shapes: B sequences, T tokens, d hidden_size, n held neurons of the branch, h head_dim, V vocabulary
+# ---------------------------------------------------------------------------------------------------------------------
+
+def rope_table(length, head_dim, theta, device):
+    """Cosines and sines of rotary position embedding (arXiv 2104.09864), each [length, head_dim]."""
+    freq = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), freq).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, rope):
+    """Turns each pair (x_i, x_{i + h/2}) of x [B, heads, T, h] by its position's angle."""
+    cos, sin = (t.to(x.dtype) for t in rope)
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal self-attention over `n` KV heads, each read by `config.queries_per_kv` query heads."""
+
+    def __init__(self, c, n):
+        super().__init__()
+        self.q_heads, self.kv_heads, self.head_dim = n * c.queries_per_kv, n, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, self.q_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, n * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, n * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.q_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def forward(self, x, rope):                                                          # [B, T, d]
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.q_heads, self.head_dim).transpose(1, 2)       # [B, q_heads, T, h]
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)      # [B, kv_heads, T, h]
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        y = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True,
+                                           enable_gqa=self.q_heads != self.kv_heads)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                          # sum over the heads
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202) with `n` hidden units."""
+
+    def __init__(self, c, n):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, n, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, n, bias=False)
+        self.down_proj = nn.Linear(n, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))               # sum over the units
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each behind its RMSNorm: x + f(norm(x)).
+
+    `held` and `rest` are (KV heads, hidden units).  The held neurons train here.  Under backward masking the layer also
+    runs all the other neurons, frozen: the child `rest` has them, and a branch is held(x) + rest(x).
+    """
+
+    def __init__(self, c, held, rest):
+        super().__init__()
+        norm = lambda n: nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps) if n else None
+        self.input_layernorm = norm(held[0] + rest[0])
+        self.self_attn = Attention(c, held[0]) if held[0] else None
+        self.post_attention_layernorm = norm(held[1] + rest[1])
+        self.mlp = MLP(c, held[1]) if held[1] else None
+        self.rest = nn.Module()
+        self.rest.self_attn = Attention(c, rest[0]) if rest[0] else None
+        self.rest.mlp = MLP(c, rest[1]) if rest[1] else None
+
+    def forward(self, x, rope):
+        if self.input_layernorm is not None:                         # None: the branch is absent here, x <- x
+            h = self.input_layernorm(x)
+            for part in filter(None, (self.self_attn, self.rest.self_attn)):
+                x = x + part(h, rope)
+        if self.post_attention_layernorm is not None:
+            h = self.post_attention_layernorm(x)
+            for part in filter(None, (self.mlp, self.rest.mlp)):
+                x = x + part(h)
+        return x
+
+
+class Llama(nn.Module):
+    """LLaMA at any held size.
+
+    held: branch name -> number of neurons built; by default all of them, which is the full model.
+    backward: build the neurons that are not held as well, as frozen `rest` modules (backward masking).
+    """
+
+    def __init__(self, c, held=None, backward=False):
+        super().__init__()
+        self.config, self.checkpoint_activations = c, False
+        full = {name: neurons for name, (_, neurons, *_) in branches(c).items()}
+        held = full if held is None else held
+
+        def layer(i):
+            names = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+            return Layer(c, [held[b] for b in names], [full[b] - held[b] if backward else 0 for b in names])
+
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
+            "layers": nn.ModuleList(layer(i) for i in range(c.num_hidden_layers)),
+            "norm": nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps),
+        })
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+
+    def stages(self):
+        """The model as a chain: [(module's path, function of the previous stage's output)].
+
+        Evaluation walks this chain with one stage's full weights in memory at a time.
+        """
+        c = self.config
+
+        def layer(module, x):
+            rope = rope_table(x.shape[1], c.head_dim, c.rope_theta, x.device)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                return checkpoint(module, x, rope, use_reentrant=False)
+            return module(x, rope)
+
+        return [("model.embed_tokens", self.model.embed_tokens),
+                *((f"model.layers.{i}", partial(layer, m)) for i, m in enumerate(self.model.layers)),
+                ("model.norm", self.model.norm),
+                ("lm_head", self.lm_head)]
+
+    def forward(self, tokens):
+        """tokens int64 [B, T] -> logits [B, T, V].  T is at most config.max_position_embeddings."""
+        x = tokens
+        for _, stage in self.stages():
+            x = stage(x)
+        return x
+
+    @torch.no_grad()
+    def generate(self, tokens, count, temperature=0.8, generator=None):
+        """Appends `count` sampled tokens to tokens [B, T].  No KV cache: short and slow."""
+        for _ in range(count):
+            logits = self(tokens[:, -self.config.max_position_embeddings:])[:, -1]
+            probabilities = F.softmax(logits.float() / temperature, dim=-1)
+            tokens = torch.cat((tokens, torch.multinomial(probabilities, 1, generator=generator)), dim=1)
+        return tokens
+
+
+def loss(logits, targets):
+    """Mean cross-entropy in nats per token.  logits [B, T, V], targets int64 [B, T]."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

@@ -1,0 +1,703 @@
+"""
+Subnetwork Data Parallelism (SDP): data parallelism in which each worker trains only a part of the model.
+
+W workers, each on its own data.  The model's residual branches are sums over *neurons* (see model_llama.py), and a mask
+says which of S subnetworks holds which neuron; worker r trains subnetwork r mod S.  A subnetwork is an ordinary,
+smaller model.  After each backward pass a parameter's gradient is averaged among the workers that hold it:
+
+    g_j  =  1/|H_j|  *  sum over workers i in H_j of  g_ij            H_j: the workers that hold parameter j
+
+Nothing else is exchanged: no activations, and nothing with workers that do not hold j.  Worked by hand, four neurons
+and two workers, neuron 0 only on worker 0, neuron 3 only on worker 1, neurons 1 and 2 on both:
+
+    mask [neurons, subnets]     gradient on worker 0     on worker 1        averaged
+        1  0                            2                     -                 2
+        1  1                            4                     6                 5
+        1  1                            1                     3                 2
+        0  1                            -                     8                 8
+
+The whole method in its naive form: full-size tensors, one all-reduce, zeros from those who do not hold.  The rest of
+this file does the same with real subnetworks, so that memory, FLOPs and bytes fall with the part that is held.
+"""
+
+import hashlib
+import math
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.func import functional_call
+
+
+def naive_masked_average(grad, held):
+    """grad [neurons, ...] of this worker, held bool [neurons]: which of them it holds -> the average of the formula."""
+    held = held.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1))
+    total, holders = grad * held, held.clone()
+    dist.all_reduce(total)                                           # sum over i in H_j of g_ij
+    dist.all_reduce(holders)                                         # |H_j|
+    return total / holders
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks: {branch: bool tensor [neurons, subnets]}.  This dict is the whole description of an SDP run
+# ---------------------------------------------------------------------------------------------------------------------
+# `branches` is what a model tells us: branch name -> (block, neurons, *loads of one neuron), the loads being of any
+# kinds: here bytes, FLOPs and activations.  A mask function of your own only has to return such a dict.
+
+def block_masks(branches, subnets, held, seed=0):
+    """Every block is held or skipped whole, by exactly `held` of the `subnets`."""
+    blocks = list(dict.fromkeys(block for block, *_ in branches.values()))
+    cost, size = np.zeros((len(blocks), len(_load(branches)[0]))), np.zeros(len(blocks))
+    for (block, neurons, *_), load in zip(branches.values(), _load(branches)):
+        cost[blocks.index(block)] += load * neurons
+        size[blocks.index(block)] += neurons
+    rows = dict(zip(blocks, torch.from_numpy(_balanced_sets(cost, size, subnets, held, seed))))
+    return {name: rows[block].repeat(neurons, 1) for name, (block, neurons, *_) in branches.items()}
+
+
+def neuron_masks(branches, subnets, held, seed=0):
+    """Every branch is dealt out in equal runs of neurons, run i to the i-th of at most `subnets` holder sets."""
+    load = _load(branches)
+    total = sum(neurons for _, neurons, *_ in branches.values())
+    ones = np.ones((min(subnets, total), 1))
+    sets = _balanced_sets(ones, ones[:, 0], subnets, held, seed)     # bool [sets, subnets]
+    count = {name: np.full(len(sets), neurons // len(sets)) for name, (_, neurons, *_) in branches.items()}
+    burden = sum((sets.T @ count[name])[:, None] * cost for name, cost in zip(branches, load))  # [subnets, kinds]
+    # The neurons left over, dearest first, each to the set whose members carry least so far
+    for cost, name in sorted(zip(map(tuple, load), branches), reverse=True):
+        left = branches[name][1] - count[name].sum()
+        for _ in range(left):
+            worse = [((burden[members] + cost) ** 2).sum() + 1e9 * (count[name][i] > count[name].min())
+                     for i, members in enumerate(sets)]
+            i = int(np.argmin(worse))
+            count[name][i] += 1
+            burden[sets[i]] += cost
+    return {name: torch.from_numpy(np.repeat(sets, count[name], axis=0)) for name in branches}
+
+
+def _load(branches):
+    """[branches, kinds]: one neuron's load of each kind, in units of the mean over all neurons of the model."""
+    cost = np.array([loads for _, _, *loads in branches.values()], float)
+    total = (cost * np.array([[neurons] for _, neurons, *_ in branches.values()])).sum(0)
+    return cost / total
+
+
+def _balanced_sets(cost, size, subnets, held, seed):
+    """Gives each of n items (blocks, say) a set of exactly `held` subnets; at most `subnets` different sets.
+
+    cost [n, kinds], size [n] in neurons -> bool [n, subnets].  Simulated annealing on
+
+        largest load/mean over subnets and kinds  -  0.05 * spectral gap  +  10 * (connected components - 1)
+
+    It uses no clock and no communication, and rounds before it compares, so every rank finds the same sets.
+    """
+    if not 1 <= held <= subnets:
+        raise ValueError(f"held must be from 1 to {subnets} (the number of subnets), not {held}")
+    rng = np.random.default_rng(seed)
+    cost = cost / cost.sum(0) * subnets / held                       # now a subnet's mean load is 1
+    # Items beyond the number of sets share one: dearest first, into the lightest group
+    group, groups = np.zeros(len(cost), int), min(len(cost), subnets)
+    weight, neurons = np.zeros((groups, cost.shape[1])), np.zeros(groups)
+    for item in np.argsort(-cost.max(1), kind="stable"):
+        g = group[item] = (weight + cost[item]).max(1).argmin()
+        weight[g] += cost[item]
+        neurons[g] += size[item]
+    # Start: dearest group first, to the `held` subnets that carry least
+    sets, load = np.zeros((groups, subnets), bool), rng.random((subnets, 1)) * 1e-6
+    for g in np.argsort(-weight.max(1), kind="stable"):
+        sets[g, np.argsort((load + weight[g]).max(1), kind="stable")[:held]] = True
+        load = load + sets[g][:, None] * weight[g]
+
+    def energy(sets):
+        gap, components = spectral_gap(sets, neurons)
+        return round((sets.T @ weight).max() - 0.05 * gap + 10 * (components - 1), 9)
+
+    now = best = energy(sets)
+    answer, steps = sets, int(2000 * min(1, (16 / subnets) ** 2)) if held < subnets else 0
+    for step, (pick, a, b, i, j, luck) in enumerate(rng.random((steps, 6))):
+        # Group a passes subnet i on and gets j: from group b in exchange, or (a = b) from outside
+        a, b = int(a * groups), int(b * groups)
+        if pick < 0.3:
+            b = a
+        give = np.flatnonzero(sets[a] & ~sets[b] if a != b else sets[a])
+        take = np.flatnonzero(sets[b] & ~sets[a] if a != b else ~sets[a])
+        if not len(give):
+            continue
+        i, j = give[int(i * len(give))], take[int(j * len(take))]
+        trial = sets.copy()
+        trial[a, [i, j]] = False, True
+        if a != b:
+            trial[b, [i, j]] = True, False
+        new, temperature = energy(trial), 0.03 * (1 - step / steps)
+        if new <= now or luck < math.exp((now - new) / temperature):
+            sets, now = trial, new
+        if now < best:
+            answer, best = sets, now
+    return answer[group]
+
+
+def spectral_gap(rows, neurons):
+    """Spectral gap 1 - lambda_2 of the random walk subnet -> neuron -> subnet, and the number of connected components.
+
+    rows [n, subnets]: who holds item n; neurons [n]: how many neurons it stands for.  Gap 0: news from some subnet
+    never reaches some other through shared neurons.  Gap 1: one step of averaging mixes everybody.
+    """
+    rows = np.asarray(rows, float)
+    walk = (rows * (neurons / rows.sum(1))[:, None]).T @ rows        # [subnets, subnets]
+    degree = walk.sum(1)
+    walk[degree == 0, degree == 0] = degree[degree == 0] = 1         # a subnet that holds nothing stays where it is
+    eigenvalues = np.linalg.eigvalsh(walk / np.sqrt(np.outer(degree, degree)))
+    gap = 1 - eigenvalues[-2] if len(eigenvalues) > 1 else 1.0
+    return max(0.0, round(gap, 9)), int((eigenvalues > 1 - 1e-9).sum())
+
+
+def check_masks(masks, branches):
+    """Raises ValueError for masks that cannot be trained; returns warnings for masks that can but perhaps should not."""
+    if masks.keys() != branches.keys():
+        raise ValueError(f"the masks are not of this model: branches {sorted(masks.keys() ^ branches.keys())[:3]} differ")
+    subnets, counts = {m.shape[-1] for m in masks.values()}, set()
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool or mask.dim() != 2 or len(mask) != branches[name][1] or len(subnets) != 1:
+            raise ValueError(f"mask of {name}: wanted bool [{branches[name][1]} neurons, subnets], with as many subnets "
+                             f"as the other masks, got {mask.dtype} {list(mask.shape)}")
+        if not mask.any(1).all():
+            raise ValueError(f"mask of {name}: no subnet holds neuron {int((~mask.any(1)).nonzero()[0])}")
+        counts |= set(mask.sum(1).tolist())
+    sets, warnings = holder_sets(masks)[0], []
+    if len(counts) > 1:
+        warnings.append(f"neurons have from {min(counts)} to {max(counts)} holders, so coverage is uneven")
+    if len(sets) > subnets.pop():
+        warnings.append(f"the masks need {len(sets)} process groups, more than there are subnets")
+    if spectral_gap(*rows_of(masks))[1] > 1:
+        warnings.append("the subnets fall into separate groups that share no neuron of any branch")
+    return warnings
+
+
+def rows_of(masks):
+    """Distinct rows of all masks [n, subnets], and how many neurons have each."""
+    sets, which = holder_sets(masks)
+    rows = np.zeros((len(sets), next(iter(masks.values())).shape[1]), bool)
+    for i, s in enumerate(sets):
+        rows[i, list(s)] = True
+    return rows, np.bincount(torch.cat(list(which.values())).numpy(), minlength=len(sets))
+
+
+def loads(masks, branches):
+    """[subnets, kinds]: what each subnet carries of the branches, over the mean subnet."""
+    load = sum(np.outer(mask.sum(0).numpy(), cost) for mask, cost in zip(masks.values(), _load(branches)))
+    return load / load.mean(0)
+
+
+def picture(masks, branches):
+    """The masks as text: branches down (one line for a block that is held whole), subnets across."""
+    lines, seen = [], set()
+    for name, mask in masks.items():
+        block = branches[name][0]
+        whole = all(bool((m == mask[0]).all()) for b, m in masks.items() if branches[b][0] == block)
+        if whole and block in seen:
+            continue
+        seen.add(block)
+        part = [r.float().mean(0) for r in mask.tensor_split(1 if whole else min(8, len(mask)))]   # each [subnets]
+        cells = ["".join("·░▒▓█"[math.ceil(4 * float(p[s]))] for p in part) for s in range(mask.shape[1])]
+        lines.append((f"block {block}" if whole else name, " ".join(c * 2 if whole else c for c in cells)))
+    margin = max(len(label) for label, _ in lines)
+    return "\n".join(f"  {label:{margin}}  {cells}" for label, cells in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cutting a subnetwork out of the full model, and pasting it back
+# ---------------------------------------------------------------------------------------------------------------------
+# `layout` is the other thing a model tells us: full parameter name -> (branch or None, dim or None, shape).  Neuron n
+# of a branch owns shape[dim] / neurons consecutive rows (or columns) along dim.  dim None: the parameter belongs to the
+# branch as a whole (the norm before it).  Branch None: shared, every subnetwork holds it.
+#
+# A subnet keeps its neurons sorted by holder set (their order inside a branch does not matter: it is a sum), so that
+# what it shares with one set of peers is one run of rows of each parameter.  Under backward masking the neurons it does
+# not hold are kept likewise, in modules whose path has the part `rest`: a.rest.b.weight is cut from the full a.b.weight.
+
+def holder_sets(masks):
+    """All different sets of subnets that hold some neuron, as sorted tuples, and {branch: set number of each neuron}."""
+    sets, which = {}, {}
+    for name, mask in masks.items():
+        rows, inverse = mask.unique(dim=0, return_inverse=True)
+        number = [sets.setdefault(tuple(row.nonzero().flatten().tolist()), len(sets)) for row in rows]
+        which[name] = torch.tensor(number)[inverse]
+    return list(sets), which
+
+
+def held_counts(masks, subnet):
+    """{branch: number of neurons the subnet holds}: the sizes to build its model with."""
+    return {name: int(mask[:, subnet].sum()) for name, mask in masks.items()}
+
+
+class Slot(NamedTuple):
+    """Where a parameter of a subnetwork lies in the full model."""
+    full: str                       # name of the full parameter
+    dim: int | None                 # dimension that was cut, None: the parameter is whole
+    rows: torch.Tensor | None       # its rows in the full parameter along dim
+    trains: bool                    # False: frozen here (backward masking), refreshed from a holder
+    owned: torch.Tensor | None      # positions in `rows` this subnet is the first holder of: each row is owned once
+    first: bool                     # for a whole parameter: this subnet is its first holder
+
+
+def slots(module, masks, layout, subnet):
+    """{parameter name in the subnetwork `module`: Slot}; freezes the parameters that do not train.
+
+    Raises ValueError where module, masks and layout disagree.
+    """
+    which, out = holder_sets(masks)[1], {}
+    for local, p in module.named_parameters():
+        full = local.replace(".rest.", ".")
+        if full not in layout:
+            raise ValueError(f"parameter {full} is not in the layout")
+        branch, dim, shape = layout[full]
+        if branch is None or dim is None:
+            holders = range(1) if branch is None else masks[branch].any(0).nonzero().flatten().tolist()
+            out[local] = Slot(full, None, None, branch is None or subnet in holders, None, subnet == holders[0])
+            wanted = shape
+        else:
+            mask, per = masks[branch], shape[dim] // len(masks[branch])
+            mine = mask[:, subnet] == (full == local)                # held neurons, or those of `rest`
+            neurons = which[branch].argsort(stable=True)             # sorted by holder set
+            neurons = neurons[mine[neurons]]
+            rows = (neurons[:, None] * per + torch.arange(per)).flatten()
+            owner = mask.int().argmax(1)[neurons].repeat_interleave(per)
+            out[local] = Slot(full, dim, rows, full == local, (owner == subnet).nonzero().flatten(), False)
+            wanted = (*shape[:dim], len(rows), *shape[dim + 1:])
+        p.requires_grad_(out[local].trains)
+        if p.shape != torch.Size(wanted):
+            raise ValueError(f"parameter {local} has shape {list(p.shape)}, but by the masks it should be {list(wanted)}")
+    return out
+
+
+def cut(full, slot):
+    """The part of a full tensor that belongs into `slot`.  Differentiable: its gradient is pasted back."""
+    return full if slot.rows is None else full.index_select(slot.dim, slot.rows.to(full.device))
+
+
+def seeded(*what):
+    """A CPU random generator that is a function of `what` alone, on any machine and in any process."""
+    digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def fresh(layout, init, seed):
+    """full name -> its initial value.  Depends on (seed, name) alone, so every layout of workers starts from one model."""
+    def value(name):
+        tensor = torch.empty(layout[name][2])
+        with torch.no_grad():
+            init(name, tensor, seeded(seed, name))
+        return tensor
+    return value
+
+
+def materialize(module, masks, layout, subnet, value, device="cpu"):
+    """Gives a subnetwork built on the meta device its weights: value(full name) -> full tensor, one at a time, cut."""
+    for local, slot in slots(module, masks, layout, subnet).items():
+        path, _, leaf = local.rpartition(".")
+        weight = cut(value(slot.full), slot).to(device, copy=True)
+        setattr(module.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=slot.trains))
+    return module
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many processes: one subnetwork in each, synchronised by masked all-reduces
+# ---------------------------------------------------------------------------------------------------------------------
+#
+#   backward          clip               step          refresh (backward masking only)
+#   |-- gradients --> |-- 1 scalar ----> |-- local --> |-- new weights of each holder set, from one holder
+#   |   become ready  |   over the       |   AdamW     |   to those that run these neurons frozen -->
+#   |-- buckets -->   |   world
+#   |   all-reduced,  finish() waits for the last bucket
+#   |   overlapping
+#
+# Ring all-reduce among h workers sends 2 (h-1)/h bytes per byte and worker, which is optimal.  Refreshing n-1 workers
+# from one sends n-1 copies, (n-1)/n per worker of the group.  For W = S and coverage k/S that makes, per branch byte
+# and worker, 2 (k-1)/S in forward masking and (k+S-2)/S in backward masking; plain data parallelism: 2 (S-1)/S.
+
+class Piece(NamedTuple):
+    """The run of one full parameter that one set of subnets holds together."""
+    full: str
+    holders: tuple                  # subnets
+    start: int                      # first row in this worker's tensor: of its held ones if it holds them, else of `rest`
+    rows: int | None                # None: the whole parameter
+    numel: int
+
+
+class SubnetDataParallel:
+    """Wraps the subnetwork of this process, much as DistributedDataParallel wraps a model.
+
+        sync = SubnetDataParallel(subnet, masks, layout)
+        loss.backward(); sync.finish(); sync.clip_grad_norm(1.0); optimizer.step(); sync.refresh()
+
+    module: the subnetwork (rank mod S), its weights equal to the other holders' (see `materialize`).  masks, layout: as
+    above, the same on every rank; masks {} is plain data parallelism.  bucket_bytes: gradients are sent in buckets of
+    about this size.  reduce False: leave gradients alone (somebody else averages them).  The loss must be the mean over
+    this worker's batch.  Any elementwise optimizer works (SGD, Adam, ...), over `self.trained()`.
+    """
+
+    def __init__(self, module, masks, layout, bucket_bytes=25 * 2**20, reduce=True):
+        self.module, self.layout, self.masks = module, layout, masks
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.subnets = next(iter(masks.values())).shape[1] if masks else 1
+        if self.size % self.subnets:
+            raise ValueError(f"the number of subnets ({self.subnets}) must divide the number of workers ({self.size})")
+        self.subnet, self.workers = self.rank % self.subnets, [self.rank]
+        self.slots = slots(module, masks, layout, self.subnet)
+        self.params = dict(module.named_parameters())
+        self._local = {(slot.full, slot.trains): local for local, slot in self.slots.items()}
+        self.device, self.dtype = (lambda p: (p.device, p.dtype))(next(module.parameters()))
+        self.sent_bytes = 0                                          # by this worker, so far
+        self._plan(bucket_bytes, backward=any(".rest." in local for local in self.slots))
+        # NCCL: collectives are issued inside one side stream, so that those of overlapping groups keep their order
+        self._stream = torch.cuda.Stream(self.device) if dist.get_backend() == "nccl" else None
+        self._synchronise = reduce
+        self._restart()
+        for local, p in self.trained().items():
+            p.register_post_accumulate_grad_hook(lambda _, full=self.slots[local].full: self._ready(full))
+
+    def trained(self):
+        """{name in the subnetwork: parameter} of what this worker trains."""
+        return {local: self.params[local] for local, slot in self.slots.items() if slot.trains}
+
+    def full_name(self, local):
+        return self.slots[local].full
+
+    def cut(self, local, full):
+        """What belongs into the parameter `local` (its optimizer state, say) of a tensor of the full parameter's shape."""
+        return cut(full, self.slots[local])
+
+    def _workers_of(self, subnets):
+        return [r for r in range(self.size) if r % self.subnets in subnets]
+
+    def _count(self, subnets):                                       # |H_j|
+        return len(subnets) * self.size // self.subnets
+
+    def _plan(self, bucket_bytes, backward):
+        """Buckets and process groups.  Every rank makes the same ones in the same order, from masks and layout alone."""
+        everyone = tuple(range(self.subnets))
+        sets, which = holder_sets(self.masks)
+        # This worker's first row of each (branch, set): sets follow each other, held ones and those of `rest` apart
+        count = {name: w.bincount(minlength=len(sets)).tolist() for name, w in which.items()}
+        start = defaultdict(int)
+        for name in count:
+            total = {True: 0, False: 0}
+            for i, s in enumerate(sets):
+                start[name, i] = total[self.subnet in s]
+                total[self.subnet in s] += count[name][i]
+        # Cut the parameters, in the order of the backward pass, into pieces; fill a bucket for each holder set
+        filling, self.buckets = defaultdict(list), []
+        itemsize = torch.empty((), dtype=self.dtype).itemsize
+        for full in reversed(self.layout):
+            branch, dim, shape = self.layout[full]
+            if branch is None:
+                pieces = [Piece(full, everyone, 0, None, shape.numel())]
+            elif dim is None:
+                who = tuple(self.masks[branch].any(0).nonzero().flatten().tolist())
+                pieces = [Piece(full, who, 0, None, shape.numel())]
+            else:
+                per = shape[dim] // len(self.masks[branch])
+                pieces = [Piece(full, s, start[branch, i] * per, count[branch][i] * per,
+                                shape.numel() // shape[dim] * count[branch][i] * per)
+                          for i, s in enumerate(sets) if count[branch][i]]
+            for piece in pieces:
+                # A set that holds no neurons of its own gets no group: all take part, those outside with zeros
+                key = piece.holders if piece.holders in sets else everyone
+                filling[key].append(piece)
+                if sum(p.numel for p in filling[key]) * itemsize >= bucket_bytes:
+                    self.buckets.append((key, filling.pop(key)))
+        self.buckets += filling.items()
+
+        # Groups.  NCCL wants a group made by all ranks alike, and one order of collectives for all of them: bucket order
+        self._groups = {everyone: dist.group.WORLD}
+        self._refreshes = []                                         # (root, group, pieces) this worker takes part in
+        for i, s in enumerate(sets):
+            if s != everyone and len(self._workers_of(s)) > 1:
+                self._groups[s] = dist.new_group(self._workers_of(s))
+        if backward:
+            groups = {}
+            for key, pieces in self.buckets:
+                for who in dict.fromkeys(p.holders for p in pieces if p.holders != everyone):
+                    holders = self._workers_of(who)
+                    root = holders[(sets.index(who) if who in sets else 0) % len(holders)]     # roots rotate
+                    members = sorted({root} | set(range(self.size)) - set(holders))
+                    if who not in groups:
+                        groups[who] = dist.group.WORLD if key == everyone else dist.new_group(members)
+                    if key == everyone or self.rank in members:
+                        self._refreshes.append((root, groups[who], [p for p in pieces if p.holders == who]))
+        self._mine = [b for b in self.buckets if self.subnet in b[0]]
+        self._buckets_of = defaultdict(list)                         # full name -> which of mine have pieces of it
+        for i, (_, pieces) in enumerate(self._mine):
+            for full in {p.full for p in pieces if self.subnet in p.holders}:
+                self._buckets_of[full].append(i)
+
+    # -- gradients ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def no_sync(self):
+        """Inside, backward passes only accumulate; the one after synchronises the sum (gradient accumulation)."""
+        before, self._synchronise = self._synchronise, False
+        try:
+            yield
+        finally:
+            self._synchronise = before
+
+    def _restart(self):
+        self._next, self._flying = 0, []                             # next bucket to send; those under way
+        self._missing = [0] * len(self._mine)                        # gradients each bucket still waits for
+        for buckets in self._buckets_of.values():
+            for i in buckets:
+                self._missing[i] += 1
+
+    def _ready(self, full):
+        """Called by autograd when a parameter's gradient is complete: sends every bucket whose turn has come."""
+        if self._synchronise:
+            for i in self._buckets_of[full]:
+                self._missing[i] -= 1
+            while self._next < len(self._mine) and self._missing[self._next] == 0:
+                self._send()
+
+    @torch.no_grad()
+    def _send(self):
+        key, pieces = self._mine[self._next]
+        self._next += 1
+        h = self._count(key)
+        if h == 1:
+            return                                                   # nobody to average with
+        with self._side_stream():
+            flat = self._pack(pieces, lambda p: p.grad, scale=True)
+            work = dist.all_reduce(flat, group=self._groups[key], async_op=not self._stream)
+            self.sent_bytes += flat.nbytes * 2 * (h - 1) / h
+            if self._stream:
+                self._unpack(pieces, flat, lambda p: p.grad)         # the stream keeps the order
+            else:
+                self._flying.append((work, pieces, flat))            # unpacked by finish()
+
+    @torch.no_grad()
+    def finish(self):
+        """Waits until every gradient is the average over its holders.  Call it after backward."""
+        if self._synchronise:
+            for p in self.trained().values():
+                if p.grad is None:                                   # took no part in this step's loss
+                    p.grad = torch.zeros_like(p)
+            while self._next < len(self._mine):
+                self._send()
+            for work, pieces, flat in self._flying:
+                work.wait()
+                self._unpack(pieces, flat, lambda p: p.grad)
+            self._join()
+            self._restart()
+
+    @torch.no_grad()
+    def clip_grad_norm(self, max_norm):
+        """Scales the gradients so that the *full* model's gradient has at most this norm.  Returns the norm before.
+
+        Each parameter counts once: every one of its h holders adds 1/h of its square, and the world adds up.
+        """
+        shares = defaultdict(list)                                   # h -> the pieces held by h workers
+        for _, pieces in self._mine:
+            for piece in pieces:
+                if self.subnet in piece.holders:
+                    shares[self._count(piece.holders)].append(self._part(piece, lambda p: p.grad))
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
+        for h, parts in shares.items():
+            square += nn.utils.get_total_norm(parts).double() ** 2 / h
+        dist.all_reduce(square)
+        norm = square.sqrt().float()
+        nn.utils.clip_grads_with_norm_(self.trained().values(), max_norm, norm)
+        return norm
+
+    # -- backward masking: new weights for the frozen neurons --------------------------------------------------------
+
+    @torch.no_grad()
+    def refresh(self):
+        """Backward masking: brings the weights that were updated elsewhere.  Forward masking: nothing to do."""
+        flying = []
+        with self._side_stream():
+            for root, group, pieces in self._refreshes:
+                if self.rank == root:
+                    flat = self._pack(pieces, lambda p: p.data)
+                else:
+                    flat = torch.empty(sum(p.numel for p in pieces), dtype=self.dtype, device=self.device)
+                work = dist.broadcast(flat, root, group, async_op=not self._stream)
+                n = dist.get_world_size(group)
+                self.sent_bytes += flat.nbytes * (n - 1) / n
+                flying.append((work, pieces, flat))
+            for work, pieces, flat in flying:
+                if not self._stream:
+                    work.wait()
+                if self.subnet not in pieces[0].holders:
+                    self._unpack(pieces, flat, lambda p: p.data)
+        self._join()
+
+    # -- between parameters and flat buffers -------------------------------------------------------------------------
+
+    def _part(self, piece, of, tensors=None):
+        """The piece as a view into this worker's weight or gradient; None if it has no such thing."""
+        local = self._local.get((piece.full, self.subnet in piece.holders))
+        tensor = local and of((tensors or self.params)[local])
+        if tensor is None or piece.rows is None:
+            return tensor
+        return tensor.narrow(self.layout[piece.full][1], piece.start, piece.rows)
+
+    def _pack(self, pieces, of, scale=False):
+        flat = torch.empty(sum(p.numel for p in pieces), dtype=self.dtype, device=self.device)
+        for piece, to in zip(pieces, flat.split([p.numel for p in pieces])):
+            part = self._part(piece, of)
+            if part is None:
+                to.zero_()                                           # not a holder, here only because of the group
+            else:                                                    # 1/|H_j|
+                torch.mul(part, 1 / self._count(piece.holders) if scale else 1, out=to.view(part.shape))
+        return flat
+
+    def _unpack(self, pieces, flat, of):
+        for piece, new in zip(pieces, flat.split([p.numel for p in pieces])):
+            part = self._part(piece, of)
+            if part is not None:
+                part.copy_(new.view(part.shape))
+
+    def _side_stream(self):
+        if not self._stream:
+            return nullcontext()
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(self._stream)
+
+    def _join(self):
+        if self._stream:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
+    # -- the full model ----------------------------------------------------------------------------------------------
+
+    def run(self, worker, *inputs):
+        """Forward pass of worker `worker`, which must be this process; Simulation has the same method."""
+        return self.module(*inputs)
+
+    @torch.no_grad()
+    def gather(self, tensors, under=""):
+        """Yields (full name, full tensor) of the full parameters below the module path `under`, one at a time.
+
+        tensors: {name in the subnetwork: tensor of the parameter's shape}: the weights, or optimizer state.  Collective:
+        all ranks must call it and exhaust it.  Each row comes from its first holder, the others send zero bytes, so the
+        sum of bytes is exact.
+        """
+        for full, (branch, dim, shape) in self.layout.items():
+            if under and not full.startswith(under + "."):
+                continue
+            local = self._local.get((full, True))
+            if branch is None:                                       # everybody has it
+                yield full, tensors[local].detach()
+                continue
+            whole = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            if local:
+                slot, tensor = self.slots[local], tensors[local]
+                if dim is None and slot.first and self.rank == self.subnet:
+                    whole.copy_(tensor)
+                elif dim is not None and self.rank == self.subnet:   # of a subnet's replicas, the first
+                    mine = slot.owned.to(self.device)
+                    whole.index_copy_(dim, slot.rows.to(self.device)[mine], tensor.index_select(dim, mine))
+            dist.all_reduce(whole.view(torch.uint8))
+            yield full, whole
+
+    @torch.no_grad()
+    def check_replicas(self, tensors=None):
+        """Raises RuntimeError on every rank unless all holders of each piece have the same bits (of the weights, say)."""
+        tensors = tensors or self.params
+        low = torch.full((sum(len(p) for _, p in self.buckets),), 2**62, dtype=torch.int64, device=self.device)
+        high, pieces = -low, [piece for _, pieces in self.buckets for piece in pieces]
+        for i, piece in enumerate(pieces):
+            part = self._part(piece, lambda p: p, tensors)
+            if part is not None:                                     # 62 bits of a sum in which position counts
+                bits = part.contiguous().view(torch.uint8).flatten().long()
+                low[i] = high[i] = int((bits * torch.arange(1, len(bits) + 1, device=self.device)).sum()) % 2**62
+        dist.all_reduce(low, op=dist.ReduceOp.MIN)
+        dist.all_reduce(high, op=dist.ReduceOp.MAX)
+        bad = [piece.full for piece, same in zip(pieces, (low == high).tolist()) if not same]
+        if bad:
+            raise RuntimeError(f"the holders of {bad[0]} (and {len(bad) - 1} other pieces) no longer agree")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One process: the same mathematics without communication, the clearest statement of the method
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Simulation:
+    """All workers, one after another, in one process: what SubnetDataParallel computes, with its interface.
+
+    modules: the S subnetworks, on the meta device.  value(full name) -> the full parameter's first value.
+    """
+
+    def __init__(self, modules, masks, layout, value, workers=None, device="cpu"):
+        self.layout, self.masks, self.subnets = layout, masks, len(modules)
+        self.size = workers or self.subnets
+        self.workers, self.device, self.sent_bytes = list(range(self.size)), torch.device(device), 0
+        self.modules, self.slots = modules, [slots(m, masks, layout, s) for s, m in enumerate(modules)]
+        self.params = {name: nn.Parameter(value(name).to(device, copy=True)) for name in layout}
+
+    def trained(self):
+        return self.params
+
+    def full_name(self, local):
+        return local
+
+    def cut(self, local, full):
+        return full
+
+    def check_replicas(self):
+        pass                                                         # there is one copy of everything
+
+    def run(self, worker, *inputs):
+        """Forward pass of one worker: its subnetwork, its weights cut from the full ones.  Autograd pastes gradients back."""
+        s = worker % self.subnets
+        weights = {local: cut(self.params[slot.full] if slot.trains else self.params[slot.full].detach(), slot)
+                   for local, slot in self.slots[s].items()}
+        return functional_call(self.modules[s], weights, inputs)
+
+    no_sync = nullcontext
+
+    @torch.no_grad()
+    def finish(self):
+        """Now each gradient is a sum over the workers that hold the parameter: divides it by their number."""
+        for name, (branch, dim, shape) in self.layout.items():
+            p = self.params[name]
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            if branch is None:
+                holders = torch.tensor(self.subnets)
+            elif dim is None:
+                holders = self.masks[branch].any(0).sum()
+            else:
+                holders = self.masks[branch].sum(1).repeat_interleave(shape[dim] // len(self.masks[branch]))
+                holders = holders.view([-1 if d == dim else 1 for d in range(len(shape))])
+            p.grad /= (holders * (self.size // self.subnets)).to(self.device)
+
+    def clip_grad_norm(self, max_norm):
+        return nn.utils.clip_grad_norm_(self.params.values(), max_norm)
+
+    def refresh(self):
+        pass
+
+    def gather(self, tensors, under=""):
+        yield from ((name, tensors[name].detach()) for name in self.layout if not under or name.startswith(under + "."))
+
+
+@torch.no_grad()
+def stream(sync, full, batches):
+    """Runs the full model over `batches`, a list of inputs that it uses up, and yields the outputs.
+
+    full: the full model on the meta device, with `stages()`: [(module path, function)].  Only one stage has its weights
+    in memory at a time, so that evaluation never needs the full model on a worker.  Collective, like `gather`.
+    """
+    for path, stage in full.stages():
+        module = full.get_submodule(path)
+        weights = {name[len(path) + 1:]: w for name, w in sync.gather(sync.params, under=path)}
+        module.load_state_dict(weights, assign=True)
+        if path != full.stages()[-1][0]:
+            for i, x in enumerate(batches):
+                batches[i] = stage(x)
+        else:
+            yield from map(stage, batches)
+        module.to("meta")
