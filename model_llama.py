@@ -25,10 +25,10 @@ from torch.utils.checkpoint import checkpoint
 class LlamaConfig:
     """Sizes of the full model.  The fields have the names of `transformers.LlamaConfig`."""
     vocab_size: int = 256
-    hidden_size: int = 128
-    intermediate_size: int = 352
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 4
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
     num_key_value_heads: int = 4
     max_position_embeddings: int = 256
     rms_norm_eps: float = 1e-5

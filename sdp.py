@@ -91,7 +91,8 @@ def _balanced_sets(cost, size, subnets, held, seed):
 
     cost [n, kinds], size [n] in neurons -> bool [n, subnets].  Simulated annealing on
 
-        largest load/mean over subnets and kinds  -  0.05 * spectral gap  +  10 * (connected components - 1)
+        largest load/mean over subnets and kinds  +  0.01 * mean square load  -  0.05 * spectral gap
+        +  10 * (connected components - 1)
 
     It uses no clock and no communication, and rounds before it compares, so every rank finds the same sets.
     """
@@ -106,16 +107,20 @@ def _balanced_sets(cost, size, subnets, held, seed):
         g = group[item] = (weight + cost[item]).max(1).argmin()
         weight[g] += cost[item]
         neurons[g] += size[item]
-    # Start: dearest group first, to the `held` subnets that carry least
-    sets, load = np.zeros((groups, subnets), bool), rng.random((subnets, 1)) * 1e-6
-    for g in np.argsort(-weight.max(1), kind="stable"):
-        sets[g, np.argsort((load + weight[g]).max(1), kind="stable")[:held]] = True
-        load = load + sets[g][:, None] * weight[g]
-
     def energy(sets):
         gap, components = spectral_gap(sets, neurons)
-        return round((sets.T @ weight).max() - 0.05 * gap + 10 * (components - 1), 9)
+        load = sets.T @ weight                                       # [subnets, kinds], mean 1
+        return round(load.max() + 0.01 * (load ** 2).mean() - 0.05 * gap + 10 * (components - 1), 9)
 
+    def start():
+        """Dearest group first, to the `held` subnets that carry least, equal ones by chance."""
+        sets, load = np.zeros((groups, subnets), bool), np.zeros((subnets, cost.shape[1]))
+        for g in np.argsort(-weight.max(1), kind="stable"):
+            sets[g, np.argsort((load + weight[g]).max(1) + 1e-6 * rng.random(subnets))[:held]] = True
+            load += sets[g][:, None] * weight[g]
+        return sets
+
+    sets = min((start() for _ in range(16)), key=energy)
     now = best = energy(sets)
     answer, steps = sets, int(2000 * min(1, (16 / subnets) ** 2)) if held < subnets else 0
     for step, (pick, a, b, i, j, luck) in enumerate(rng.random((steps, 6))):
@@ -240,8 +245,6 @@ class Slot(NamedTuple):
     dim: int | None                 # dimension that was cut, None: the parameter is whole
     rows: torch.Tensor | None       # its rows in the full parameter along dim
     trains: bool                    # False: frozen here (backward masking), refreshed from a holder
-    owned: torch.Tensor | None      # positions in `rows` this subnet is the first holder of: each row is owned once
-    first: bool                     # for a whole parameter: this subnet is its first holder
 
 
 def slots(module, masks, layout, subnet):
@@ -255,22 +258,18 @@ def slots(module, masks, layout, subnet):
         if full not in layout:
             raise ValueError(f"parameter {full} is not in the layout")
         branch, dim, shape = layout[full]
-        if branch is None or dim is None:
-            holders = range(1) if branch is None else masks[branch].any(0).nonzero().flatten().tolist()
-            out[local] = Slot(full, None, None, branch is None or subnet in holders, None, subnet == holders[0])
-            wanted = shape
+        if dim is None:
+            out[local] = Slot(full, None, None, branch is None or bool(masks[branch][:, subnet].any()))
         else:
-            mask, per = masks[branch], shape[dim] // len(masks[branch])
-            mine = mask[:, subnet] == (full == local)                # held neurons, or those of `rest`
+            per, held = shape[dim] // len(masks[branch]), masks[branch][:, subnet]
             neurons = which[branch].argsort(stable=True)             # sorted by holder set
-            neurons = neurons[mine[neurons]]
+            neurons = neurons[(held == (full == local))[neurons]]    # those held here, or those of `rest`
             rows = (neurons[:, None] * per + torch.arange(per)).flatten()
-            owner = mask.int().argmax(1)[neurons].repeat_interleave(per)
-            out[local] = Slot(full, dim, rows, full == local, (owner == subnet).nonzero().flatten(), False)
-            wanted = (*shape[:dim], len(rows), *shape[dim + 1:])
+            out[local] = Slot(full, dim, rows, full == local)
+            shape = (*shape[:dim], len(rows), *shape[dim + 1:])
         p.requires_grad_(out[local].trains)
-        if p.shape != torch.Size(wanted):
-            raise ValueError(f"parameter {local} has shape {list(p.shape)}, but by the masks it should be {list(wanted)}")
+        if p.shape != torch.Size(shape):
+            raise ValueError(f"parameter {local} has shape {list(p.shape)}, but by the masks it should be {list(shape)}")
     return out
 
 
@@ -335,12 +334,12 @@ class SubnetDataParallel:
         loss.backward(); sync.finish(); sync.clip_grad_norm(1.0); optimizer.step(); sync.refresh()
 
     module: the subnetwork (rank mod S), its weights equal to the other holders' (see `materialize`).  masks, layout: as
-    above, the same on every rank; masks {} is plain data parallelism.  bucket_bytes: gradients are sent in buckets of
+    above, the same on every rank; masks {} is plain data parallelism.  backward: backward masking, the same on every rank.  bucket_bytes: gradients are sent in buckets of
     about this size.  reduce False: leave gradients alone (somebody else averages them).  The loss must be the mean over
     this worker's batch.  Any elementwise optimizer works (SGD, Adam, ...), over `self.trained()`.
     """
 
-    def __init__(self, module, masks, layout, bucket_bytes=25 * 2**20, reduce=True):
+    def __init__(self, module, masks, layout, backward=False, bucket_bytes=25 * 2**20, reduce=True):
         self.module, self.layout, self.masks = module, layout, masks
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.subnets = next(iter(masks.values())).shape[1] if masks else 1
@@ -352,7 +351,7 @@ class SubnetDataParallel:
         self._local = {(slot.full, slot.trains): local for local, slot in self.slots.items()}
         self.device, self.dtype = (lambda p: (p.device, p.dtype))(next(module.parameters()))
         self.sent_bytes = 0                                          # by this worker, so far
-        self._plan(bucket_bytes, backward=any(".rest." in local for local in self.slots))
+        self._plan(bucket_bytes, backward)
         # NCCL: collectives are issued inside one side stream, so that those of overlapping groups keep their order
         self._stream = torch.cuda.Stream(self.device) if dist.get_backend() == "nccl" else None
         self._synchronise = reduce
@@ -578,14 +577,14 @@ class SubnetDataParallel:
 
     @torch.no_grad()
     def gather(self, tensors, under=""):
-        """Yields (full name, full tensor) of the full parameters below the module path `under`, one at a time.
+        """Yields (full name, full tensor) of the full parameters whose names begin with `under`, one at a time.
 
         tensors: {name in the subnetwork: tensor of the parameter's shape}: the weights, or optimizer state.  Collective:
-        all ranks must call it and exhaust it.  Each row comes from its first holder, the others send zero bytes, so the
-        sum of bytes is exact.
+        all ranks must call it and exhaust it.  Every holder pastes its rows, the others have zero bytes there, and all
+        holders have the same bits: the maximum of the bytes is exact.
         """
         for full, (branch, dim, shape) in self.layout.items():
-            if under and not full.startswith(under + "."):
+            if not full.startswith(under):
                 continue
             local = self._local.get((full, True))
             if branch is None:                                       # everybody has it
@@ -593,13 +592,10 @@ class SubnetDataParallel:
                 continue
             whole = torch.zeros(shape, dtype=self.dtype, device=self.device)
             if local:
-                slot, tensor = self.slots[local], tensors[local]
-                if dim is None and slot.first and self.rank == self.subnet:
-                    whole.copy_(tensor)
-                elif dim is not None and self.rank == self.subnet:   # of a subnet's replicas, the first
-                    mine = slot.owned.to(self.device)
-                    whole.index_copy_(dim, slot.rows.to(self.device)[mine], tensor.index_select(dim, mine))
-            dist.all_reduce(whole.view(torch.uint8))
+                slot = self.slots[local]
+                where = ... if dim is None else (slice(None),) * dim + (slot.rows.to(self.device),)
+                whole[where] = tensors[local]
+            dist.all_reduce(whole.view(torch.uint8), op=dist.ReduceOp.MAX)
             yield full, whole
 
     @torch.no_grad()
@@ -681,7 +677,7 @@ class Simulation:
         pass
 
     def gather(self, tensors, under=""):
-        yield from ((name, tensors[name].detach()) for name in self.layout if not under or name.startswith(under + "."))
+        yield from ((name, tensors[name].detach()) for name in self.layout if name.startswith(under))
 
 
 @torch.no_grad()
@@ -693,8 +689,8 @@ def stream(sync, full, batches):
     """
     for path, stage in full.stages():
         module = full.get_submodule(path)
-        weights = {name[len(path) + 1:]: w for name, w in sync.gather(sync.params, under=path)}
-        module.load_state_dict(weights, assign=True)
+        weights = sync.gather(sync.params, under=path + ".")
+        module.load_state_dict({name.removeprefix(path + "."): w for name, w in weights}, assign=True)
         if path != full.stages()[-1][0]:
             for i, x in enumerate(batches):
                 batches[i] = stage(x)

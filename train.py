@@ -33,7 +33,7 @@ from data import UserError
 
 # The flags whose default depends on the model.  On two cores llama-tiny takes minutes.
 DEFAULTS = {
-    "llama-tiny": dict(steps=450, batch_size=16, seq_len=128, lr=3e-3),
+    "llama-tiny": dict(steps=250, batch_size=16, seq_len=128, lr=3e-3),
     "llama-134m": dict(steps=10000, batch_size=8, seq_len=1024, lr=6e-4),
     "llama-500m": dict(steps=20000, batch_size=4, seq_len=2048, lr=4e-4),
     "llama-1b": dict(steps=40000, batch_size=2, seq_len=2048, lr=3e-4),
@@ -337,7 +337,9 @@ def main(argv=None):
     config = replace(llama.PRESETS[args.model], vocab_size=dataset.vocab_size)
     branches, layout = llama.branches(config), llama.layout(config)
     masks, backward = {}, args.masking == "backward"
-    if args.parallel == "sdp":
+    if args.parallel == "ddp":                                       # no masks: everybody holds everything
+        layout = {name: (None, None, shape) for name, (_, _, shape) in layout.items()}
+    else:
         saved = checkpoint["config"] if checkpoint else {}
         if all(saved.get(f) == getattr(args, f) for f in ("parallel", "subnets", "coverage", "level")):
             masks = checkpoint["masks"]
@@ -376,7 +378,7 @@ def main(argv=None):
         subnet = RANK % len(kinds)
         module = sdp.materialize(kinds[subnet], masks, layout, subnet, value, device)
         module.checkpoint_activations = args.checkpoint_activations
-        sync = sdp.SubnetDataParallel(module, masks, layout, reduce=args.parallel == "sdp")
+        sync = sdp.SubnetDataParallel(module, masks, layout, backward, reduce=args.parallel == "sdp")
         if args.compile:                                             # block by block: gradients still come one block at a time
             for name, stage in module.model.layers.named_children():
                 stage.compile()

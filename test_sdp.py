@@ -1,0 +1,714 @@
+"""
+Tests of Subnetwork Data Parallelism, against oracles that share no code with it: transformers' LlamaForCausalLM with
+explicit 0/1 masks on full-size weights, torch's DistributedDataParallel, a naive all-reduce, torch's fake process group.
+
+    python -m pytest -q
+"""
+
+import functools
+import http.server
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from contextlib import nullcontext
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import data
+import model_llama as llama
+import sdp
+import train
+
+torch.set_num_threads(1)
+HERE = Path(__file__).parent
+
+# Grouped-query attention (3 KV heads, 6 query heads) and sizes that no S divides evenly
+TINY = llama.LlamaConfig(vocab_size=61, hidden_size=24, intermediate_size=21, num_hidden_layers=3, num_attention_heads=6,
+                         num_key_value_heads=3, max_position_embeddings=16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real processes: eight workers are started once; a test runs a function on the first few of them, over gloo
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _worker(pipe):
+    torch.set_num_threads(1)
+    while True:
+        rank, world, store, function, args = pickle.loads(pipe.recv_bytes())
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world,
+                                    timeout=timedelta(seconds=60))
+            result = True, function(*args)
+        except BaseException:
+            result = False, traceback.format_exc()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        pipe.send_bytes(pickle.dumps(result))
+
+
+@pytest.fixture(scope="session")
+def run_on():
+    """run_on(world, function, *args) -> [function's result on rank 0, on rank 1, ...]"""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_sdp"])
+    pipes = []
+    for _ in range(8):
+        mine, its = context.Pipe()
+        context.Process(target=_worker, args=(its,), daemon=True).start()
+        pipes.append(mine)
+
+    def run(world, function, *args):
+        with tempfile.TemporaryDirectory() as folder:
+            for rank, pipe in enumerate(pipes[:world]):
+                pipe.send_bytes(pickle.dumps((rank, world, f"{folder}/store", function, args)))
+            results = []
+            for pipe in pipes[:world]:
+                results.append(pickle.loads(pipe.recv_bytes()) if pipe.poll(100) else (False, "hangs"))
+        failed = [f"rank {rank}: {what}" for rank, (fine, what) in enumerate(results) if not fine]
+        assert not failed, "\n".join(failed)
+        return [what for _, what in results]
+    return run
+
+
+def masks_for(config, subnets, held, level, seed=0):
+    make = sdp.block_masks if level == "block" else sdp.neuron_masks
+    return make(llama.branches(config), subnets, held, seed)
+
+
+def subnetwork(config, masks, subnet, backward):
+    with torch.device("meta"):
+        return llama.Llama(config, sdp.held_counts(masks, subnet), backward)
+
+
+def tokens_for(step, worker, config=TINY, batch=2, length=9):
+    rng = np.random.default_rng([step, worker])
+    x = torch.from_numpy(rng.integers(config.vocab_size, size=(batch, length + 1)))
+    return x[:, :-1], x[:, 1:]
+
+
+def first_value(config, seed=3):
+    return sdp.fresh(llama.layout(config), functools.partial(llama.init, config), seed)
+
+
+def make_sync(config, masks, backward, simulated=None, **options):
+    """The distributed sync of this rank or, with simulated=W, all W workers in one process."""
+    layout, value = llama.layout(config), first_value(config)
+    if simulated:
+        subnets = next(iter(masks.values())).shape[1]
+        modules = [subnetwork(config, masks, s, backward) for s in range(subnets)]
+        return sdp.Simulation(modules, masks, layout, value, simulated)
+    subnet = dist.get_rank() % next(iter(masks.values())).shape[1]
+    module = sdp.materialize(subnetwork(config, masks, subnet, backward), masks, layout, subnet, value)
+    return sdp.SubnetDataParallel(module, masks, layout, backward, **options)
+
+
+def train_steps(config, masks, backward, simulated=None, steps=20, accum=1, batches=tokens_for, clip=0.5, **options):
+    """-> losses [steps, this process's workers], gradient norms [steps], the full model at the end, bytes sent"""
+    sync = make_sync(config, masks, backward, simulated, **options)
+    optimizer = torch.optim.AdamW(sync.trained().values(), lr=3e-3, weight_decay=0.1)
+    losses, norms = [], []
+    for step in range(steps):
+        losses.append([])
+        for worker in sync.workers:
+            for micro in range(accum):
+                x, y = batches(step * accum + micro, worker)
+                with sync.no_sync() if micro < accum - 1 else nullcontext():
+                    loss = llama.loss(sync.run(worker, x), y)
+                    (loss / accum).backward()
+                losses[-1].append(loss.item())
+        sync.finish()
+        norms.append(float(sync.clip_grad_norm(clip)))
+        optimizer.step()
+        sync.refresh()
+        optimizer.zero_grad()
+    sync.check_replicas()
+    full = {name: t.clone() for name, t in sync.gather(sync.trained())}
+    return np.array(losses), np.array(norms), full, sync.sent_bytes
+
+
+def dense_masked_model(config, masks, workers, backward, steps=20, accum=1, batches=tokens_for, clip=0.5):
+    """The oracle: transformers' LLaMA at full size; worker i sees weights times its 0/1 mask; gradients are summed over
+    workers and divided by counts.  Backward masking: all weights are seen, the masked ones without a gradient."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    model = LlamaForCausalLM(LlamaConfig(**asdict(config), attn_implementation="eager")).float()
+    value, c = first_value(config), config
+    weights = {name: nn.Parameter(value(name)) for name, _ in model.named_parameters()}
+    subnets = next(iter(masks.values())).shape[1]
+    group = c.num_attention_heads // c.num_key_value_heads
+
+    def mask_of(name, s):
+        """1 where worker s holds the entry; written out case by case, from the names alone."""
+        full = torch.ones_like(weights[name])
+        if "layers" not in name:
+            return full
+        layer = name.split(".")[2]
+        heads, units = masks[f"model.layers.{layer}.self_attn"][:, s], masks[f"model.layers.{layer}.mlp"][:, s]
+        if "input_layernorm" in name:
+            return full * heads.any()
+        if "post_attention_layernorm" in name:
+            return full * units.any()
+        if "q_proj" in name:
+            return full * heads.repeat_interleave(group * c.head_dim)[:, None]
+        if "k_proj" in name or "v_proj" in name:
+            return full * heads.repeat_interleave(c.head_dim)[:, None]
+        if "o_proj" in name:
+            return full * heads.repeat_interleave(group * c.head_dim)[None, :]
+        return full * (units[None, :] if "down_proj" in name else units[:, None])
+
+    masked = [{name: mask_of(name, s) for name in weights} for s in range(subnets)]
+    optimizer = torch.optim.AdamW(weights.values(), lr=3e-3, weight_decay=0.1)
+    losses, norms = [], []
+    for step in range(steps):
+        losses.append([])
+        for worker in range(workers):
+            m = masked[worker % subnets]
+            for micro in range(accum):
+                x, y = batches(step * accum + micro, worker)
+                seen = {n: w * m[n] + (w * (1 - m[n])).detach() * backward for n, w in weights.items()}
+                logits = functional_call(model, seen, (x,)).logits
+                loss = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+                (loss / accum).backward()
+                losses[-1].append(loss.item())
+        for name, w in weights.items():
+            w.grad /= sum(masked[worker % subnets][name] for worker in range(workers))
+        norms.append(float(nn.utils.clip_grad_norm_(weights.values(), clip)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return np.array(losses), np.array(norms), {n: w.detach() for n, w in weights.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+# ---------------------------------------------------------------------------------------------------------------------
+
+def random_branches(rng, blocks):
+    """Blocks of one to three branches with unequal neurons and unequal loads of three kinds."""
+    return {f"{b}.{i}": (b, int(rng.integers(1, 40)), *rng.uniform(0.5, 5, 3)) for b in range(blocks)
+            for i in range(rng.integers(1, 4))}
+
+
+@pytest.mark.parametrize("level", ["block", "neuron"])
+def test_masks_have_exactly_k_holders_few_sets_and_one_component(level):
+    rng = np.random.default_rng(0)
+    for trial in range(15):
+        subnets = int(rng.integers(1, 12))
+        held, blocks = int(rng.integers(1, subnets + 1)), int(rng.integers(1, 15))
+        branches = random_branches(rng, blocks)
+        make = sdp.block_masks if level == "block" else sdp.neuron_masks
+        masks = make(branches, subnets, held, seed=trial)
+        assert list(masks) == list(branches)
+        for name, mask in masks.items():
+            assert mask.shape == (branches[name][1], subnets) and mask.dtype == torch.bool
+            assert (mask.sum(1) == held).all()
+            if level == "block":
+                assert all((m == mask[0]).all() for b, m in masks.items() if branches[b][0] == branches[name][0])
+            else:                                                    # holder sets get equal parts of every branch
+                sizes = mask.unique(dim=0, return_counts=True)[1]
+                assert sizes.max() - sizes.min() <= 1
+        rows = {tuple(row.tolist()) for mask in masks.values() for row in mask}
+        assert len(rows) <= subnets
+        items = blocks if level == "block" else sum(b[1] for b in branches.values())
+        parts = components([set(np.flatnonzero(row)) for row in rows], subnets)
+        assert parts == 1 or items * (held - 1) < subnets - 1, (trial, subnets, held, items)
+        again = make(branches, subnets, held, seed=trial)
+        assert all(torch.equal(masks[b], again[b]) for b in masks)
+
+
+def components(sets, subnets):
+    """Union-find, to be independent of the eigenvalues in sdp.py."""
+    parent = list(range(subnets))
+
+    def root(i):
+        return i if parent[i] == i else root(parent[i])
+    for s in sets:
+        first, *others = s
+        for i in others:
+            parent[root(i)] = root(first)
+    return len({root(i) for i in range(subnets)})
+
+
+@pytest.mark.parametrize("level", ["block", "neuron"])
+@pytest.mark.parametrize("blocks,subnets,held", [(4, 4, 3), (6, 4, 3), (6, 8, 5), (12, 8, 5), (18, 8, 6), (20, 8, 3), (8, 8, 3)])
+def test_equal_blocks_are_dealt_as_evenly_as_whole_numbers_allow(blocks, subnets, held, level):
+    branches = {str(b): (b, 4 * subnets, 1.0, 1.0) for b in range(blocks)}
+    masks = (sdp.block_masks if level == "block" else sdp.neuron_masks)(branches, subnets, held)
+    best = -(-blocks * held // subnets) / (blocks * held / subnets) if level == "block" else 1.0
+    assert sdp.loads(masks, branches).max() == pytest.approx(best)
+
+
+def test_neuron_masks_balance_branches_smaller_than_the_number_of_subnets():
+    branches = llama.branches(llama.LlamaConfig(num_hidden_layers=6, num_key_value_heads=2))
+    for held in range(1, 9):
+        masks = sdp.neuron_masks(branches, 8, held)
+        load = {b: np.outer(m.sum(0), branches[b][2:]) for b, m in masks.items()}        # [subnets, kinds]
+        head = np.array(branches["model.layers.0.self_attn"][2:]) / sum(load.values()).mean(0)
+        assert (sdp.loads(masks, branches).max(0) <= 1 + head + 1e-9).all()                     # never a whole head over the mean
+
+
+def test_spectral_gap_of_known_masks():
+    def translates(base):
+        return np.array([[(j - i) % 8 in base for j in range(8)] for i in range(8)])
+    assert sdp.spectral_gap(translates({0, 1, 2}), np.ones(8)) == (pytest.approx(0.352, abs=5e-4), 1)
+    assert sdp.spectral_gap(translates({0, 1, 3}), np.ones(8)) == (pytest.approx(0.667, abs=5e-4), 1)
+    assert sdp.spectral_gap(translates({0, 4}), np.ones(8)) == (0, 4)
+    # The walk's transition matrix, written as the random walk it is
+    rng = np.random.default_rng(1)
+    rows, weight = rng.random((9, 5)) < 0.6, rng.integers(1, 9, 9)
+    rows[:, 0] = True
+    walk = (rows * weight[:, None] / (rows * weight[:, None]).sum(0)).T @ (rows / rows.sum(1, keepdims=True))
+    assert sdp.spectral_gap(rows, weight)[0] == pytest.approx(1 - sorted(np.linalg.eigvals(walk).real)[-2])
+    # Our search finds the best gap known for this case
+    branches = {str(b): (b, 1, 1.0) for b in range(8)}
+    assert sdp.spectral_gap(*sdp.rows_of(sdp.block_masks(branches, 8, 3)))[0] > 0.66
+
+
+def test_masks_for_64_subnets_and_100_blocks_take_less_than_a_second():
+    branches = {str(b): (b, 1, 1.0, 1.0, 1.0) for b in range(100)}
+    seconds = []
+    for held in (20, 40, 48):
+        start = time.process_time()
+        sdp.block_masks(branches, 64, held)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 1, seconds
+
+
+def test_bad_masks_are_refused_and_odd_ones_warned_of():
+    branches = llama.branches(TINY)
+    good = sdp.neuron_masks(branches, 4, 3)
+    assert sdp.check_masks(good, branches) == []
+    name = next(iter(good))
+    for bad, message in [(good[name].clone().fill_(False), "no subnet holds neuron 0"), (good[name][:-1], "wanted bool"),
+                         (good[name].float(), "wanted bool"), (good[name][:, :3], "wanted bool")]:
+        with pytest.raises(ValueError, match=message):
+            sdp.check_masks({**good, name: bad}, branches)
+    with pytest.raises(ValueError, match="not of this model"):
+        sdp.check_masks({b: m for b, m in good.items() if b != name}, branches)
+    uneven = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 1, 1]], dtype=torch.bool)
+    assert any("from 1 to 4 holders" in w for w in sdp.check_masks({**good, name: uneven}, branches))
+    assert any("process groups" in w for w in sdp.check_masks({**good, name: uneven}, branches))
+    assert any("separate groups" in w for w in sdp.check_masks(sdp.neuron_masks(branches, 4, 1), branches))
+    for held in (0, 5):
+        with pytest.raises(ValueError, match="held must be"):
+            sdp.block_masks(branches, 4, held)
+
+
+def test_picture_shows_the_masks():
+    branches = {"a": (0, 2, 1.0), "b": (1, 2, 1.0)}
+    whole = torch.tensor([[True, False], [True, False]])
+    assert sdp.picture({"a": whole, "b": ~whole}, branches) == "  block 0  ██ ··\n  block 1  ·· ██"
+    assert sdp.picture({"a": whole, "b": torch.eye(2).bool()}, branches).splitlines()[1] == "  b        █· ·█"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exactness, over real processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _worked_example():
+    mine = [[1, 1, 1, 0], [0, 1, 1, 1]][dist.get_rank()]
+    grad = torch.tensor([[2.0, 4, 1, 0], [0, 6, 3, 8]])[dist.get_rank()]
+    return sdp.naive_masked_average(grad, torch.tensor(mine, dtype=torch.bool)).tolist()
+
+
+def test_worked_example_at_the_top_of_sdp(run_on):
+    assert run_on(2, _worked_example) == [[2, 5, 2, 8]] * 2
+
+
+CASES = [  # subnets, held, workers, accumulation steps
+    (1, 1, 1, 1), (2, 1, 2, 1), (2, 2, 2, 1), (3, 2, 3, 2), (4, 3, 4, 1), (4, 1, 4, 1), (2, 1, 4, 2), (3, 1, 6, 1), (8, 5, 8, 1),
+]
+
+
+@pytest.mark.parametrize("masking", ["forward", "backward"])
+@pytest.mark.parametrize("level", ["block", "neuron"])
+@pytest.mark.parametrize("subnets,held,workers,accum", CASES)
+def test_distributed_equals_simulated_equals_dense_masked_model(run_on, subnets, held, workers, accum, level, masking):
+    masks, backward = masks_for(TINY, subnets, held, level), masking == "backward"
+    ranks = run_on(workers, functools.partial(train_steps, accum=accum, bucket_bytes=4000), TINY, masks, backward)
+    losses = np.concatenate([r[0] for r in ranks], axis=1)
+    simulated = train_steps(TINY, masks, backward, workers, accum=accum)
+    dense = dense_masked_model(TINY, masks, workers, backward, accum=accum)
+    assert dense[1].min() > 0.5                                      # clipping was at work in every step
+    for other in (simulated, dense):
+        np.testing.assert_allclose(losses, other[0], rtol=1e-5)
+        np.testing.assert_allclose(ranks[0][1], other[1], rtol=1e-4)
+        for name, w in other[2].items():
+            torch.testing.assert_close(ranks[0][2][name], w, rtol=0, atol=2e-4, msg=name)
+    for rank in ranks:                                               # the same full model and norms, bit for bit
+        assert (rank[1] == ranks[0][1]).all() and all(torch.equal(w, ranks[0][2][n]) for n, w in rank[2].items())
+    first = ranks[0][2]
+    assert max((first[n] - first_value(TINY)(n)).abs().max() for n in first) > 0.02      # and it did train
+
+
+def _ddp_losses(steps):
+    """torch's DistributedDataParallel on the same model, batches and optimizer; bytes from the buckets it sends."""
+    model, value, sent = llama.Llama(TINY), first_value(TINY), [0]
+    model.load_state_dict({name: value(name) for name in llama.layout(TINY)})
+    ddp = nn.parallel.DistributedDataParallel(model)
+
+    def hook(_, bucket):
+        sent[0] += bucket.buffer().nbytes * 2 * (dist.get_world_size() - 1) / dist.get_world_size()
+        work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True).get_future()
+        return work.then(lambda f: f.value()[0])
+    ddp.register_comm_hook(None, hook)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1), []
+    for step in range(steps):
+        x, y = tokens_for(step, dist.get_rank())
+        loss = llama.loss(ddp(x), y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, sent[0]
+
+
+@pytest.mark.parametrize("masking", ["forward", "backward"])
+def test_coverage_1_is_torch_ddp_with_the_same_bytes(run_on, masking):
+    ddp = run_on(4, _ddp_losses, 20)
+    for level in ("block", "neuron"):
+        ours = run_on(4, train_steps, TINY, masks_for(TINY, 4, 4, level), masking == "backward")
+        np.testing.assert_allclose(np.concatenate([r[0] for r in ours], 1), np.array([r[0] for r in ddp]).T, rtol=1e-5)
+        assert [r[3] for r in ours] == [pytest.approx(r[1], rel=1e-12) for r in ddp]
+
+
+def same_batch(step, worker):
+    return tokens_for(step, 0)
+
+
+@pytest.mark.parametrize("level", ["block", "neuron"])
+def test_backward_masking_on_one_batch_is_unmasked_training_whatever_the_masks(run_on, level):
+    whole = dense_masked_model(TINY, masks_for(TINY, 1, 1, level), 1, False, batches=same_batch)
+    for subnets, held in (4, 1), (4, 3), (3, 2):
+        ranks = run_on(subnets, functools.partial(train_steps, batches=same_batch), TINY, masks_for(TINY, subnets, held, level), True)
+        for rank in ranks:
+            np.testing.assert_allclose(rank[0], whole[0], rtol=1e-5)
+            np.testing.assert_allclose(rank[1], whole[1], rtol=1e-4)     # the full gradient's norm, before clipping
+
+
+def odd_masks():
+    """A user's own masks: unequal holders, more sets than subnets, a worker with nothing of a branch, or of any block."""
+    rng = np.random.default_rng(5)
+    masks = {name: torch.from_numpy(rng.random((neurons, 4)) < 0.5) for name, (_, neurons, *_) in llama.branches(TINY).items()}
+    for mask in masks.values():
+        mask[:, 3] = False                                           # worker 3 holds only what is shared
+        mask[~mask.any(1), 1] = True
+    masks["model.layers.1.self_attn"][:] = torch.tensor([True, False, False, False])
+    return masks
+
+
+@pytest.mark.parametrize("masking", ["forward", "backward"])
+def test_masks_of_the_users_own_are_exact_too(run_on, masking):
+    masks, backward = odd_masks(), masking == "backward"
+    assert len(sdp.check_masks(masks, llama.branches(TINY))) == 3    # uneven, many groups, worker 3 apart
+    ranks = run_on(4, train_steps, TINY, masks, backward)
+    dense = dense_masked_model(TINY, masks, 4, backward)
+    np.testing.assert_allclose(np.concatenate([r[0] for r in ranks], 1), dense[0], rtol=1e-5)
+    np.testing.assert_allclose(ranks[0][1], dense[1], rtol=1e-4)
+
+
+def _perturb(masks, backward):
+    sync = make_sync(TINY, masks, backward)
+    sync.check_replicas()
+    caught = []
+    for local, slot in sync.slots.items():
+        p = sync.params[local]
+        if dist.get_rank() == 1:                                     # one bit of one number of one replica
+            with torch.no_grad():
+                p.view(torch.int32).view(-1)[-1] ^= 1
+        dist.barrier()
+        names = [None] * dist.get_world_size()
+        dist.all_gather_object(names, (local, slot.full))
+        try:
+            sync.check_replicas()
+        except RuntimeError as e:
+            caught.append(names[1][1] in str(e))
+        if dist.get_rank() == 1:
+            with torch.no_grad():
+                p.view(torch.int32).view(-1)[-1] ^= 1
+    sync.check_replicas()
+    return len(caught), sum(caught), len(sync.slots)
+
+
+def test_checksums_find_one_flipped_bit_in_one_replica(run_on):
+    for backward in (False, True):
+        masks = {name: torch.ones(neurons, 2, dtype=torch.bool) for name, (_, neurons, *_) in llama.branches(TINY).items()}
+        masks["model.layers.0.mlp"][:, 1] = ~backward                # backward: worker 1 runs this branch frozen
+        assert run_on(2, _perturb, masks, backward) == [(3 + 9 * 3,) * 3] * 2
+
+
+def _own_mlp(held, masks):
+    """SDP on a model this project has never seen, used as the docstring says; two optimizers take turns."""
+    class Net(nn.Module):
+        def __init__(self, n):
+            super().__init__()
+            self.inside, self.stem, self.head = nn.Module(), nn.Linear(3, 4), nn.Linear(4, 2)
+            self.inside.up, self.inside.down = nn.Linear(4, n), nn.Linear(n, 4, bias=False)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(x + self.inside.down(self.inside.up(x).relu()))
+    layout = {"stem.weight": (None, None, torch.Size([4, 3])), "stem.bias": (None, None, torch.Size([4])),
+              "inside.up.weight": ("inside", 0, torch.Size([6, 4])), "inside.up.bias": ("inside", 0, torch.Size([6])),
+              "inside.down.weight": ("inside", 1, torch.Size([4, 6])),
+              "head.weight": (None, None, torch.Size([2, 4])), "head.bias": (None, None, torch.Size([2]))}
+    value = sdp.fresh(layout, lambda name, t, g: t.normal_(generator=g), 0)
+    rank = dist.get_rank()
+    with torch.device("meta"):
+        net = Net(held[rank])
+    sync = sdp.SubnetDataParallel(sdp.materialize(net, masks, layout, rank, value), masks, layout)
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(rank))
+    net.zero_grad()                                                  # plain zero_grad between backward and backward
+    net(x).square().mean().backward()
+    sync.finish()
+    full = {n: g.clone() for n, g in sync.gather({n: p.grad for n, p in sync.trained().items()})}
+    # The formula, with full-size tensors and nothing from sdp
+    mine = masks["inside"][:, rank]
+    w = {n: value(n).requires_grad_() for n in layout}
+    h = x @ w["stem.weight"].T + w["stem.bias"]
+    u = ((h @ w["inside.up.weight"].T + w["inside.up.bias"]) * mine).relu()
+    ((h + u @ w["inside.down.weight"].T) @ w["head.weight"].T + w["head.bias"]).square().mean().backward()
+    count = masks["inside"].sum(1)
+    for n, p in w.items():
+        dist.all_reduce(p.grad)
+        p.grad /= {0: dist.get_world_size(), 1: count[:, None] if "up.w" in n else count}["inside" in n]
+        torch.testing.assert_close(full[n], p.grad, rtol=1e-5, atol=1e-6)
+    return True
+
+
+def test_a_model_of_the_users_own(run_on):
+    masks = {"inside": torch.tensor([[1, 0, 0], [0, 1, 1], [1, 1, 0], [1, 1, 1], [0, 0, 1], [1, 0, 1]], dtype=torch.bool)}
+    assert all(run_on(3, _own_mlp, sdp_counts := masks["inside"].sum(0).tolist(), masks)), sdp_counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real savings
+# ---------------------------------------------------------------------------------------------------------------------
+
+BIG = llama.LlamaConfig(vocab_size=50, hidden_size=80, intermediate_size=112, num_hidden_layers=4, num_attention_heads=8,
+                        num_key_value_heads=4, max_position_embeddings=32)
+
+
+class SizesCreated(TorchDispatchMode):
+    """Records the element count of every tensor an operation returns."""
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.shapes.add(tuple(t.shape))
+        return out
+
+
+def saved_bytes(module, x, y):
+    """Bytes of the distinct storages autograd saves for the backward pass, weights left out."""
+    weights, saved = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in weights:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(), t
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        llama.loss(module(x), y).backward()
+    return sum(n for n, _ in saved.values())
+
+
+def _sizes(masks, backward):
+    sync = make_sync(BIG, masks, backward)
+    optimizer = torch.optim.AdamW(sync.trained().values(), lr=1e-3)
+    x, y = tokens_for(0, 0, BIG, 2, 24)
+    with SizesCreated() as created:
+        llama.loss(sync.run(0, x), y).backward()
+        sync.finish()
+        sync.clip_grad_norm(1.0)
+        optimizer.step()
+        sync.refresh()
+    params = sum(p.numel() for p in sync.params.values())
+    grads = sum(p.grad.numel() for p in sync.params.values() if p.grad is not None)
+    state = sum(v.numel() for s in optimizer.state.values() for v in s.values() if v.dim())
+    optimizer.zero_grad()
+    return params, grads, state, created.shapes, saved_bytes(sync.module, x, y)
+
+
+@pytest.mark.parametrize("level", ["block", "neuron"])
+def test_a_worker_has_its_subnetwork_s_size(run_on, level):
+    masks, layout = masks_for(BIG, 4, 3, level), llama.layout(BIG)
+    full = sum(shape.numel() for _, _, shape in layout.values())
+    x, y = tokens_for(0, 0, BIG, 2, 24)
+    all_saved = saved_bytes(llama.Llama(BIG), x, y)
+
+    def held(s):                                                     # by the masks alone
+        total = 0
+        for branch, dim, shape in layout.values():
+            part = 1.0 if branch is None else masks[branch][:, s].float().mean() if dim is not None else masks[branch][:, s].any()
+            total += int(shape.numel() * part)
+        return total
+
+    for s, (params, grads, state, created, saved) in enumerate(run_on(4, _sizes, masks, False)):
+        assert params == grads == held(s) and state == 2 * held(s)
+        branch_shapes = {tuple(shape) for branch, dim, shape in layout.values() if dim is not None}
+        if level == "neuron":                                        # nothing of a full branch parameter's size, ever
+            assert not branch_shapes & created
+        with torch.device("meta"):
+            small = llama.Llama(BIG, sdp.held_counts(masks, s))
+        small = small.to_empty(device="cpu")
+        for p in small.parameters():
+            nn.init.ones_(p)
+        assert saved == saved_bytes(small, x, y) < 0.85 * all_saved      # 3/4 of the branches, all of the logits
+    for s, (params, grads, state, created, saved) in enumerate(run_on(4, _sizes, masks, True)):
+        assert params == full and grads == held(s) and state == 2 * held(s)
+        # No input is saved for a frozen weight: down_proj's, [B, T, units], is needed for nothing else
+        frozen_units = sum(int((~masks[f"model.layers.{i}.mlp"][:, s]).sum()) for i in range(4))
+        assert saved <= all_saved - frozen_units * x.numel() * 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Synchronisation: order, bytes, overlap
+# ---------------------------------------------------------------------------------------------------------------------
+
+def replay(masks, backward, rank, workers, bucket_bytes, monkeypatch, config=TINY):
+    """One step of one rank on torch's fake process group -> its collectives [(ranks, kind, elements, root)], its sync."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    calls, everyone = [], tuple(range(workers))
+
+    def ranks(group):
+        return everyone if group in (None, dist.group.WORLD) else tuple(dist.get_process_group_ranks(group))
+    dist.init_process_group("fake", rank=rank, world_size=workers, store=FakeStore())
+    try:
+        sync = make_sync(config, masks, backward, bucket_bytes=bucket_bytes)
+        real_reduce, real_broadcast = dist.all_reduce, dist.broadcast
+        with monkeypatch.context() as m:
+            m.setattr(dist, "all_reduce", lambda t, op=dist.ReduceOp.SUM, group=None, async_op=False: (
+                calls.append((ranks(group), "reduce", t.numel(), None)), real_reduce(t, op, group, async_op))[1])
+            m.setattr(dist, "broadcast", lambda t, src, group=None, async_op=False: (
+                calls.append((ranks(group), "broadcast", t.numel(), src)), real_broadcast(t, src, group, async_op))[1])
+            x, y = tokens_for(0, rank, config)
+            llama.loss(sync.run(rank, x), y).backward()
+            sync.finish()
+            before_clip = len(calls)
+            sync.refresh()
+        groups = len(dist.distributed_c10d._world.pg_names)
+        return calls, sync.sent_bytes, groups, before_clip
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("masking", ["forward", "backward"])
+@pytest.mark.parametrize("subnets,held,workers,level", [(4, 3, 4, "neuron"), (8, 5, 16, "block"), (8, 3, 64, "neuron"), (0, 0, 4, "odd")])
+def test_every_pair_of_ranks_agrees_on_its_collectives_and_bytes_are_optimal(subnets, held, workers, level, masking, monkeypatch):
+    masks = masks_for(TINY, subnets, held, level) if subnets else odd_masks()
+    subnets, backward = next(iter(masks.values())).shape[1], masking == "backward"
+    runs = [replay(masks, backward, rank, workers, 3000, monkeypatch) for rank in range(workers)]
+    for a in range(workers):
+        for b in range(a):
+            shared = [[call for call in runs[r][0] if a in call[0] and b in call[0]] for r in (a, b)]
+            assert shared[0] == shared[1], (a, b)
+        assert all(a in call[0] for call in runs[a][0])              # nobody calls a collective of others
+    # Bytes, from the calls: 2 (h-1)/h per byte of an all-reduce, (n-1)/n of a broadcast
+    for calls, sent, groups, _ in runs:
+        issued = sum(4 * n * (2 if kind == "reduce" else 1) * (len(who) - 1) / len(who) for who, kind, n, _ in calls)
+        assert sent == pytest.approx(issued, rel=1e-12)
+        assert level == "odd" or groups <= 2 * subnets + 1
+    # and from the masks: the optimum of DESIGN
+    world, replicas, total, ddp = workers, workers // subnets, 0, 0
+    for branch, dim, shape in llama.layout(TINY).values():
+        size = 4 * shape.numel()
+        ddp += size * 2 * (world - 1) / world * world
+        if branch is None:
+            total += size * 2 * (world - 1)
+        elif dim is None:                                            # the norms: over the world where no group fits
+            who = masks[branch].any(0)
+            fits = any((row == who).all() for m in masks.values() for row in m)
+            total += size * (2 * (int(who.sum()) * replicas - 1) if fits else 2 * (world - 1))
+            total += backward * size * ((world - int(who.sum()) * replicas) if fits else (world - 1) * (not who.all()))
+        else:
+            for row in masks[branch]:
+                h = int(row.sum()) * replicas
+                total += size / len(masks[branch]) * (2 * (h - 1) + backward * (world - h))
+    assert sum(sent for _, sent, _, _ in runs) == pytest.approx(total, rel=1e-9)
+    if level == "neuron":                                            # on average over workers never above DDP's
+        assert total <= ddp
+        assert max(sent for _, sent, _, _ in runs) <= ddp / world * 1.02
+
+
+def test_1024_workers_need_no_more_groups_than_8(monkeypatch):
+    masks = masks_for(TINY, 8, 6, "block")
+    start = time.process_time()
+    groups = replay(masks, True, 1000, 1024, 25 * 2**20, monkeypatch)[2]
+    assert groups == replay(masks, True, 0, 8, 25 * 2**20, monkeypatch)[2] <= 17
+    assert time.process_time() - start < 30
+
+
+def test_all_reduces_start_while_backward_still_runs(monkeypatch):
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    masks, missing = masks_for(TINY, 4, 3, "block"), []
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        sync, real = make_sync(TINY, masks, False, bucket_bytes=3000), dist.all_reduce
+        monkeypatch.setattr(dist, "all_reduce", lambda *a, **k: (
+            missing.append(sum(p.grad is None for p in sync.trained().values())), real(*a, **k))[1])
+        x, y = tokens_for(0, 0)
+        llama.loss(sync.run(0, x), y).backward()
+        assert missing == sorted(missing, reverse=True) and missing[0] > len(sync.params) / 2 and missing[-1] == 0
+        count = len(missing)
+        sync.finish()
+        assert len(missing) == count                                 # every bucket left during backward
+        with sync.no_sync():
+            llama.loss(sync.run(0, x), y).backward()
+        assert len(missing) == count
+    finally:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Initialisation, the full model, checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _start(masks, backward):
+    sync = make_sync(TINY, masks, backward)
+    full = {name: t.clone() for name, t in sync.gather(sync.params if not backward else sync.trained())}
+    with torch.device("meta"):
+        model = llama.Llama(TINY)
+    inputs = [tokens_for(s, 0)[0] for s in range(3)] if dist.get_rank() == 0 else [tokens_for(9, 9)[0]]
+    return full, list(sdp.stream(sync, model, inputs))
+
+
+@pytest.mark.parametrize("masking", ["forward", "backward"])
+@pytest.mark.parametrize("level", ["block", "neuron"])
+def test_the_full_model_starts_the_same_everywhere_and_streams_as_an_ordinary_one(run_on, level, masking):
+    value = first_value(TINY)
+    model = llama.Llama(TINY)
+    model.load_state_dict({name: value(name) for name in llama.layout(TINY)})
+    for subnets, held, workers in (1, 1, 1), (2, 1, 4), (3, 2, 3), (4, 4, 4):
+        for full, outputs in run_on(workers, _start, masks_for(TINY, subnets, held, level), masking == "backward"):
+            assert full.keys() == set(llama.layout(TINY)) and all(torch.equal(t, value(n)) for n, t in full.items())
+        outputs = run_on(workers, _start, masks_for(TINY, subnets, held, level), masking == "backward")[0][1]
+        for step, logits in enumerate(outputs):
+            torch.testing.assert_close(logits, model(tokens_for(step, 0)[0]))
+
+
+def test_init_is_a_function_of_seed_and_name():
+    a, b, c = first_value(TINY, 0), first_value(TINY, 0), first_value(TINY, 1)
+    names = [n for n in llama.layout(TINY) if "norm" not in n]
+    assert all(torch.equal(a(n), b(n)) and not torch.equal(a(n), c(n)) for n in names)
+    first, second = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    assert not torch.equal(a(first), a(second)) and a(first).std() == pytest.approx(0.02, rel=0.2)
