@@ -50,7 +50,10 @@ TINY = llama.LlamaConfig(vocab_size=61, hidden_size=24, intermediate_size=21, nu
 def _worker(pipe):
     torch.set_num_threads(1)
     while True:
-        rank, world, store, function, args = pickle.loads(pipe.recv_bytes())
+        try:
+            rank, world, store, function, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:                                             # the tests are over
+            return
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world,
                                     timeout=timedelta(seconds=60))
@@ -573,7 +576,7 @@ def test_a_worker_has_its_subnetwork_s_size(run_on, level):
         small = small.to_empty(device="cpu")
         for p in small.parameters():
             nn.init.ones_(p)
-        assert saved == saved_bytes(small, x, y) < 0.85 * all_saved      # 3/4 of the branches, all of the logits
+        assert saved == saved_bytes(small, x, y) < all_saved      # the residual stream stays whole
     for s, (params, grads, state, created, saved) in enumerate(run_on(4, _sizes, masks, True)):
         assert params == full and grads == held(s) and state == 2 * held(s)
         # No input is saved for a frozen weight: down_proj's, [B, T, units], is needed for nothing else
@@ -594,9 +597,10 @@ def replay(masks, backward, rank, workers, bucket_bytes, monkeypatch, config=TIN
         return everyone if group in (None, dist.group.WORLD) else tuple(dist.get_process_group_ranks(group))
     dist.init_process_group("fake", rank=rank, world_size=workers, store=FakeStore())
     try:
-        sync = make_sync(config, masks, backward, bucket_bytes=bucket_bytes)
-        real_reduce, real_broadcast = dist.all_reduce, dist.broadcast
+        real_reduce, real_broadcast, real_group, groups = dist.all_reduce, dist.broadcast, dist.new_group, [dist.group.WORLD]
         with monkeypatch.context() as m:
+            m.setattr(dist, "new_group", lambda *a, **k: (groups.append(a), real_group(*a, **k))[1])
+            sync = make_sync(config, masks, backward, bucket_bytes=bucket_bytes)
             m.setattr(dist, "all_reduce", lambda t, op=dist.ReduceOp.SUM, group=None, async_op=False: (
                 calls.append((ranks(group), "reduce", t.numel(), None)), real_reduce(t, op, group, async_op))[1])
             m.setattr(dist, "broadcast", lambda t, src, group=None, async_op=False: (
@@ -604,10 +608,8 @@ def replay(masks, backward, rank, workers, bucket_bytes, monkeypatch, config=TIN
             x, y = tokens_for(0, rank, config)
             llama.loss(sync.run(rank, x), y).backward()
             sync.finish()
-            before_clip = len(calls)
             sync.refresh()
-        groups = len(dist.distributed_c10d._world.pg_names)
-        return calls, sync.sent_bytes, groups, before_clip
+        return calls, sync.sent_bytes, len(groups)
     finally:
         dist.destroy_process_group()
 
@@ -624,7 +626,7 @@ def test_every_pair_of_ranks_agrees_on_its_collectives_and_bytes_are_optimal(sub
             assert shared[0] == shared[1], (a, b)
         assert all(a in call[0] for call in runs[a][0])              # nobody calls a collective of others
     # Bytes, from the calls: 2 (h-1)/h per byte of an all-reduce, (n-1)/n of a broadcast
-    for calls, sent, groups, _ in runs:
+    for calls, sent, groups in runs:
         issued = sum(4 * n * (2 if kind == "reduce" else 1) * (len(who) - 1) / len(who) for who, kind, n, _ in calls)
         assert sent == pytest.approx(issued, rel=1e-12)
         assert level == "odd" or groups <= 2 * subnets + 1
@@ -644,10 +646,10 @@ def test_every_pair_of_ranks_agrees_on_its_collectives_and_bytes_are_optimal(sub
             for row in masks[branch]:
                 h = int(row.sum()) * replicas
                 total += size / len(masks[branch]) * (2 * (h - 1) + backward * (world - h))
-    assert sum(sent for _, sent, _, _ in runs) == pytest.approx(total, rel=1e-9)
+    assert sum(sent for _, sent, _ in runs) == pytest.approx(total, rel=1e-9)
     if level == "neuron":                                            # on average over workers never above DDP's
         assert total <= ddp
-        assert max(sent for _, sent, _, _ in runs) <= ddp / world * 1.02
+        assert max(sent for _, sent, _ in runs) <= ddp / world * 1.02
 
 
 def test_1024_workers_need_no_more_groups_than_8(monkeypatch):
