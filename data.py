@@ -111,7 +111,7 @@ class Tokens:
             starts -= (lengths.cumsum(0) - lengths)[shards]
         else:
             first = (step * workers + worker) * self.batch_size
-            which = torch.arange(first, min(first + self.batch_size, self.val_count))
+            which = torch.arange(self.val_count)[first:first + self.batch_size]
             stride = (len(self.splits[split][0]) - 1) // self.val_count
             starts, shards = which * stride, torch.zeros_like(which)
         windows = [self.splits[split][s][i:i + self.seq_len + 1].astype(np.int64) for s, i in zip(shards, starts)]

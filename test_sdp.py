@@ -343,7 +343,7 @@ CASES = [  # subnets, held, workers, accumulation steps
 @pytest.mark.parametrize("subnets,held,workers,accum", CASES)
 def test_distributed_equals_simulated_equals_dense_masked_model(run_on, subnets, held, workers, accum, level, masking):
     masks, backward = masks_for(TINY, subnets, held, level), masking == "backward"
-    ranks = run_on(workers, functools.partial(train_steps, accum=accum, bucket_bytes=4000), TINY, masks, backward)
+    ranks = run_on(workers, functools.partial(train_steps, accum=accum, bucket_bytes=10000), TINY, masks, backward)
     losses = np.concatenate([r[0] for r in ranks], axis=1)
     simulated = train_steps(TINY, masks, backward, workers, accum=accum)
     dense = dense_masked_model(TINY, masks, workers, backward, accum=accum)
@@ -714,3 +714,347 @@ def test_init_is_a_function_of_seed_and_name():
     assert all(torch.equal(a(n), b(n)) and not torch.equal(a(n), c(n)) for n in names)
     first, second = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
     assert not torch.equal(a(first), a(second)) and a(first).std() == pytest.approx(0.02, rel=0.2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+def text_bin(folder, name="text", count=6000, vocab=256):
+    """A shard of real text (this project's), or of random tokens where the vocabulary is not bytes."""
+    text = np.frombuffer((HERE / "sdp.py").read_bytes()[:count], np.uint8)
+    path = folder / f"{name}.bin"
+    data.write_bin(path, text if vocab == 256 else np.random.default_rng(0).integers(vocab, size=count), vocab)
+    return path
+
+
+def test_bin_shards_are_llm_c_s(tmp_path):
+    tokens = np.array([5, 50256, 0, 7], np.uint16)
+    data.write_bin(tmp_path / "a.bin", tokens, 50257)
+    raw = (tmp_path / "a.bin").read_bytes()                          # as llm.c's data/data_common.py writes it
+    assert raw == np.array([20240520, 1, 4, 0] + [0] * 252, "<i4").tobytes() + tokens.astype("<u2").tobytes()
+    read, vocab = data.read_bin(tmp_path / "a.bin")
+    assert vocab == 50257 and (read == tokens).all() and not list(tmp_path.glob("*.part"))
+
+
+def test_bin_reader_refuses_every_cut_and_every_flipped_header(tmp_path):
+    path = text_bin(tmp_path, count=40)
+    raw = path.read_bytes()
+    for end in [0, 1, 7, 1023, 1024, 1025, len(raw) - 1]:
+        path.write_bytes(raw[:end])
+        with pytest.raises(data.UserError):
+            data.read_bin(path)
+    for byte in range(16):                                           # magic, version, count, vocabulary
+        path.write_bytes(raw[:byte] + bytes([raw[byte] ^ 0x41]) + raw[byte + 1:])
+        try:
+            assert data.read_bin(path)[1] != 256                     # another vocabulary is no damage anyone could see
+        except data.UserError:
+            pass
+    with pytest.raises(data.UserError, match="vocabulary is 100"):
+        data.write_bin(path, [5, 100], 100)
+        data.read_bin(path)
+    with pytest.raises(data.UserError, match="cannot read"):
+        data.read_bin(tmp_path / "none.bin")
+
+
+def test_batches_are_a_pure_function_and_differ_among_steps_and_workers(tmp_path):
+    a, b = (data.load(str(text_bin(tmp_path)), 4, 16, seed) for seed in (0, 1))
+    x, y = a.batch("train", 3, 1, 4)
+    assert x.shape == y.shape == (4, 16) and torch.equal(x[:, 1:], y[:, :-1]) and x.dtype == torch.int64
+    assert torch.equal(x, a.batch("train", 3, 1, 4)[0])
+    for other in (a.batch("train", 4, 1, 4), a.batch("train", 3, 2, 4), a.batch("train", 3, 1, 8), b.batch("train", 3, 1, 4)):
+        assert not torch.equal(x, other[0])
+
+
+def test_all_workers_together_validate_on_the_same_sequences_once(tmp_path):
+    dataset = data.load(str(text_bin(tmp_path)), 3, 16, 0)
+    seen = []
+    for workers in (1, 2, 5):
+        batches = [dataset.batch("val", i, w, workers)[0] for w in range(workers) for i in range(dataset.val_steps(workers))]
+        rows = sorted(map(tuple, torch.cat(batches).tolist()))
+        seen.append(rows)
+        assert len(rows) == dataset.val_count == len(set(rows))
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_training_windows_cover_all_shards_evenly():
+    a, b = np.arange(0, 300, dtype=np.uint16), np.arange(300, 400, dtype=np.uint16)
+    dataset = data.Tokens({"train": [a, b], "val": [a]}, 400, 10, 20, 0)
+    starts = torch.cat([dataset.batch("train", i, 0, 1)[0][:, 0] for i in range(400)])
+    assert set(starts.tolist()) == set(range(280)) | set(range(300, 380))
+    assert (starts >= 300).float().mean() == pytest.approx(80 / 360, abs=0.03)
+
+
+def test_stdlib_is_read_as_bytes_and_split_by_file():
+    splits = data.stdlib_splits()
+    text = bytes(splits["train"][0]) + bytes(splits["val"][0])
+    assert len(text) > 5e6 and 0.03 < len(splits["val"][0]) / len(text) < 0.2
+    assert (Path(os.__file__).read_bytes() in text) and data.byte_encoding().decode(list(b"d\xc3\xa9f")) == "d\u00e9f"
+
+
+def test_text_command_writes_train_and_val(tmp_path, monkeypatch, capsys):
+    source = tmp_path / "a.txt"
+    source.write_text("h\u00e9llo " * 100)
+    monkeypatch.setattr(sys, "argv", ["data.py", "text", str(source), "--out", str(tmp_path / "b" / "mine")])
+    data.main()
+    dataset = data.load(str(tmp_path / "b" / "mine_train.bin"), 1, 8, 0)
+    assert bytes(np.concatenate([dataset.splits["train"][0], dataset.splits["val"][0]]).astype(np.uint8)) == source.read_bytes()
+    assert len(dataset.splits["val"][0]) == 70
+    monkeypatch.setattr(sys, "argv", ["data.py", "text", str(tmp_path / "none.txt")])
+    with pytest.raises(SystemExit) as stop:
+        data.main()
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """A loopback stand-in for the hub: honours Range, and can break off, refuse or lie."""
+    body, breaks, requests = b"", 0, []
+
+    def do_GET(self):
+        type(self).requests.append((self.path, self.headers.get("Range")))
+        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        if start >= len(self.body):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(self.body) - start))
+        self.end_headers()
+        end = len(self.body)
+        if type(self).breaks:
+            type(self).breaks -= 1
+            end = start + (end - start) // 2
+        self.wfile.write(self.body[start:end])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    Server.requests, Server.breaks, Server.body = [], 0, text_bin(tmp_path, "source", 1500, 50257).read_bytes()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(data, "FOLDER", tmp_path / "shards")
+    yield Server
+    server.shutdown()
+
+
+def test_fineweb_is_fetched_broken_transfers_resumed(hub, tmp_path):
+    hub.breaks = 3
+    data.fetch_fineweb(2)
+    names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert sorted(p.name for p in (tmp_path / "shards").iterdir()) == sorted(names)
+    assert all((tmp_path / "shards" / n).read_bytes() == hub.body for n in names)
+    assert hub.requests[0] == ("/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_val_000000.bin", None)
+    assert hub.requests[1][1] == f"bytes={len(hub.body) // 2}-" and len(hub.requests) == 6
+    data.fetch_fineweb(2)                                            # nothing left to do
+    assert len(hub.requests) == 6
+    assert data.load("fineweb", 2, 16, 0).vocab_size == 50257
+
+
+@pytest.mark.parametrize("body,message", [(b"<html>" * 500, "header"), (None, "bytes")])
+def test_fineweb_wrong_header_and_short_file_are_refused(hub, tmp_path, body, message):
+    hub.body = body or hub.body[:-200]
+    with pytest.raises(data.UserError, match=message):
+        data.fetch_fineweb(1)
+    assert not list((tmp_path / "shards").iterdir())                 # nothing half-written stays
+
+
+def test_fineweb_gives_up_with_one_line(hub, tmp_path):
+    hub.breaks = 100
+    with pytest.raises(data.UserError, match="5 tries.*go on from here"):
+        data.fetch_fineweb(1)
+    part, = (tmp_path / "shards").iterdir()
+    assert part.suffix == ".part"
+    hub.breaks = 0
+    data.fetch_fineweb(1)                                            # and goes on
+    assert len(list((tmp_path / "shards").glob("*.bin"))) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+def flags(folder, *more, out="out", steps=6):
+    bin_ = folder / "text.bin"
+    if not bin_.exists():
+        text_bin(folder)
+    return ["--data", str(bin_), "--batch-size", "2", "--seq-len", "12", "--steps", str(steps), "--save-every", "3",
+            "--eval-every", "4", "--log-every", "1", "--out-dir", str(folder / out), "--device", "cpu", *map(str, more)]
+
+
+def metrics(folder, out="out"):
+    return [json.loads(line) for line in (folder / out / "metrics.jsonl").read_text().splitlines()]
+
+
+def torchrun(ranks, arguments, code=0, timeout=120):
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+                          "train.py", *arguments], cwd=HERE, capture_output=True, text=True, timeout=timeout,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (run.returncode == 0) == (code == 0), run.stdout + run.stderr
+    return run.stdout, run.stderr
+
+
+def test_checkpoint_is_an_ordinary_llama(tmp_path, capsys):
+    """transformers loads it unchanged, gives the same logits, and the validation loss that the stream measured."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    train.main(flags(tmp_path, "--level", "neuron", "--masking", "backward"))
+    shown = capsys.readouterr().out
+    assert "bits per byte" in shown and "optimizer state" in shown and "█" in shown
+    saved = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    assert set(saved) == {"model", "optimizer", "step", "config", "masks"} and saved["step"] == 6
+    fields = {k: saved["config"][k] for k in asdict(llama.LlamaConfig())}
+    assert fields["num_key_value_heads"] < fields["num_attention_heads"]                  # grouped-query attention
+    theirs = LlamaForCausalLM(LlamaConfig(**fields))
+    theirs.load_state_dict(saved["model"])
+    ours = llama.Llama(llama.LlamaConfig(**fields))
+    ours.load_state_dict(saved["model"])
+    x = torch.randint(256, (2, 50))
+    torch.testing.assert_close(theirs(x).logits, ours(x), rtol=1e-4, atol=1e-4)
+    dataset = data.load(str(tmp_path / "text.bin"), 300, 12, 0)
+    x, y = dataset.batch("val", 0, 0, 1)
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).item()
+    assert metrics(tmp_path)[-1]["val_loss"] == pytest.approx(loss, rel=1e-5)
+    for name, state in saved["optimizer"].items():
+        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == saved["model"][name].shape and state["step"] == 6
+    train.main(["--resume", "--out-dir", str(tmp_path / "out"), "--sample", "def ", "--device", "cpu"])
+    assert capsys.readouterr().out.startswith("def ")
+
+
+def test_torchrun_equals_plain_python_and_writes_the_contract_s_metrics(tmp_path):
+    torchrun(4, flags(tmp_path, "--level", "neuron", "--grad-accum", 2, out="many"))
+    train.main(flags(tmp_path, "--level", "neuron", "--grad-accum", 2, "--subnets", 4, out="one"))
+    many, one = metrics(tmp_path, "many"), metrics(tmp_path, "one")
+    assert [m["step"] for m in many] == [1, 2, 3, 4, 5, 6]
+    for a, b in zip(many, one):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["sent_bytes"] > 0 == b["sent_bytes"] and a["peak_mem_bytes"] is None
+        assert {"lr", "step_ms", "tokens_per_s"} <= a.keys()
+    assert [m["step"] for m in many if "val_loss" in m] == [4, 6]
+    assert many[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-5)
+    masks = [torch.load(tmp_path / out / "ckpt.pt", weights_only=True)["masks"] for out in ("many", "one")]
+    assert all(torch.equal(m, masks[1][b]) for b, m in masks[0].items())
+
+
+@pytest.mark.parametrize("ranks,more", [(2, ["--masking", "backward"]), (1, []), (2, ["--parallel", "ddp"])])
+def test_resume_gives_the_uninterrupted_run_bit_for_bit(tmp_path, ranks, more):
+    def go(out, *extra):
+        arguments = flags(tmp_path, "--coverage", "1/2" if ranks == 2 else "3/4", *more, *extra, out=out)
+        torchrun(ranks, arguments) if ranks > 1 else train.main(arguments)
+    go("whole")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "ckpt.pt").write_bytes((tmp_path / "whole" / "ckpt.prev.pt").read_bytes())        # step 3
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines(True)
+    (tmp_path / "cut" / "metrics.jsonl").write_text("".join(lines[:5]))      # two lines beyond the checkpoint
+    go("cut", "--resume")
+    a, b = (torch.load(tmp_path / out / "ckpt.pt", weights_only=True) for out in ("whole", "cut"))
+    assert all(torch.equal(w, b["model"][n]) for n, w in a["model"].items())
+    assert all(torch.equal(s["exp_avg_sq"], b["optimizer"][n]["exp_avg_sq"]) for n, s in a["optimizer"].items())
+    for x, y in zip(metrics(tmp_path, "whole"), metrics(tmp_path, "cut"), strict=True):
+        assert all(x.get(k) == y.get(k) for k in ("step", "loss", "lr", "grad_norm", "val_loss"))
+
+
+def test_checkpoint_resumes_under_any_other_layout(tmp_path):
+    """ddp -> forward block -> backward neuron with another S: the loss goes on where it was, steps and state included."""
+    train.main(flags(tmp_path, "--parallel", "ddp", steps=3))
+    for steps, more in (6, ["--subnets", 4]), (9, ["--subnets", 3, "--masking", "backward", "--level", "neuron", "--coverage", "2/3"]):
+        train.main(flags(tmp_path, "--resume", *more, steps=steps))
+    assert [m["step"] for m in metrics(tmp_path)] == list(range(1, 10))
+    saved = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    assert all(s["step"] == 9 for s in saved["optimizer"].values()) and saved["config"]["subnets"] == 3
+    assert metrics(tmp_path)[-1]["val_loss"] < metrics(tmp_path)[2]["val_loss"]
+
+
+def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
+    train.main(flags(tmp_path))
+    path = tmp_path / "out" / "ckpt.pt"
+    raw = path.read_bytes()
+    for damaged in (raw[:-1000], raw[:len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1:]):
+        path.write_bytes(damaged)
+        assert train.find_checkpoint(tmp_path / "out").name == "ckpt.prev.pt"
+        assert "is damaged" in capsys.readouterr().out
+
+
+def test_flop_match_lengthens_the_run(tmp_path, capsys):
+    train.main(flags(tmp_path, "--coverage", "1/2", "--flop-match", "--subnets", 4))
+    shown = capsys.readouterr().out
+    assert 9 <= metrics(tmp_path)[-1]["step"] <= 12                  # half of the branches, all of embedding and head
+
+
+@pytest.mark.parametrize("more", [["--checkpoint-activations"], ["--compile"], ["--dtype", "bf16"]])
+def test_the_same_losses_with_another_way_to_compute(tmp_path, more):
+    train.main(flags(tmp_path, "--subnets", 2, "--coverage", "1/2", out="plain", steps=4))
+    torchrun(2, flags(tmp_path, "--coverage", "1/2", *more, steps=4), timeout=300)
+    tolerance = 0.02 if "bf16" in more else 1e-4
+    for a, b in zip(metrics(tmp_path, "plain"), metrics(tmp_path), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
+
+
+BAD = [
+    (["--coverage", "0.7", "--subnets", "4"], r"--coverage 0.7 is not a multiple of 1/4.*2/4 and 3/4"),
+    (["--coverage", "0"], "more than 0 and at most 1"),
+    (["--coverage", "9/8"], "more than 0 and at most 1"),
+    (["--coverage", "1/0"], "neither a number nor a fraction"),
+    (["--coverage", "half"], "neither a number nor a fraction"),
+    (["--subnets", "0"], "--subnets: must be at least 1"),
+    (["--subnets", "two"], "--subnets: invalid"),
+    (["--model", "gpt5"], "invalid choice: 'gpt5'"),
+    (["--data", "none.bin"], "cannot read none.bin"),
+    (["--data", "wikipedia"], "unknown --data wikipedia"),
+    (["--data", "fineweb"], "no FineWeb shards.*data.py fineweb"),
+    (["--seq-len", "4096"], "--seq-len 4096 is longer than the context of llama-tiny, 256"),
+    (["--batch-size", "9999"], "too short for one batch"),
+    (["--steps", "-1"], "--steps: must be at least 1"),
+    (["--lr", "nan"], "--lr must be a positive number"),
+    (["--lr", "-1"], "--lr must be a positive number"),
+    (["--device", "tpu"], "--device tpu is not cpu or cuda"),
+    (["--device", "cuda"], "no CUDA device"),
+    (["--resume", "--overwrite"], "contradict"),
+    (["--sample", "x"], "--sample needs --resume"),
+    (["--frobnicate"], "unrecognized arguments"),
+    (["--masking", "sideways"], "invalid choice"),
+]
+
+
+@pytest.mark.parametrize("more,message", BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_bad_input_is_one_clear_line_before_anything_happens(tmp_path, more, message):
+    if more == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(data.UserError, match=message) as caught:
+        train.main(flags(tmp_path, *more))
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_an_out_dir_with_a_run_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text("precious")
+    with pytest.raises(data.UserError, match="already holds a run"):
+        train.main(flags(tmp_path))
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == "precious"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(data.UserError, match="cannot write to --out-dir"):
+        train.main(flags(tmp_path, out="file/out"))
+    data.write_bin(tmp_path / "text.bin", [5, 300] * 3000, 257)
+    raw = bytearray((tmp_path / "text.bin").read_bytes())
+    raw[12:16] = np.int32(256).tobytes()
+    (tmp_path / "text.bin").write_bytes(raw)
+    with pytest.raises(data.UserError, match="token 300, but its vocabulary is 256"):
+        train.main(flags(tmp_path, out="new"))
+
+
+def test_resume_refuses_another_model_or_data(tmp_path):
+    train.main(flags(tmp_path, steps=1))
+    for more in (["--model", "llama-134m"], ["--data", "stdlib"]):
+        with pytest.raises(data.UserError, match="contradicts the checkpoint"):
+            train.main(flags(tmp_path, "--resume", *more))
+
+
+@pytest.mark.parametrize("ranks,more,message", [(3, ["--subnets", "2"], "--subnets 2 does not divide the number of workers, 3"),
+                                                (2, ["--coverage", "0.7"], "the nearest are 1/2 and 2/2")])
+def test_bad_input_under_torchrun_is_one_line_from_one_rank(tmp_path, ranks, more, message):
+    start = time.monotonic()
+    out, err = torchrun(ranks, flags(tmp_path, *more), code=1, timeout=60)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0] and time.monotonic() - start < 40
+    assert 'train.py", line' not in err and "exitcode  : 2" in err and not (tmp_path / "out").exists()

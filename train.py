@@ -242,14 +242,13 @@ def describe_workers(subnets, masks, layout, full, tokens):
 
 def evaluate(sync, full, dataset, autocast):
     """Validation loss of the full model, nats per token: each worker reads its share, one stage's weights at a time."""
-    workers = [w for w in sync.workers]
-    batches = [dataset.batch("val", i, w, sync.size) for w in workers for i in range(dataset.val_steps(sync.size))]
+    batches = [dataset.batch("val", i, w, sync.size) for w in sync.workers for i in range(dataset.val_steps(sync.size))]
+    batches = [(x, y) for x, y in batches if len(x)]                 # there may be none left for the last workers
     total = count = 0.0
     with torch.no_grad(), autocast:
         for logits, (_, y) in zip(sdp.stream(sync, full, [x.to(sync.device) for x, _ in batches]), batches):
-            if len(y):
-                total += float(llama.loss(logits, y.to(sync.device))) * y.numel()
-                count += y.numel()
+            total += float(llama.loss(logits, y.to(sync.device))) * y.numel()
+            count += y.numel()
     total, count = over_ranks([total, count], dist.ReduceOp.SUM, sync.device)
     return total / count
 
