@@ -333,10 +333,11 @@ class SubnetDataParallel:
         sync = SubnetDataParallel(subnet, masks, layout)
         loss.backward(); sync.finish(); sync.clip_grad_norm(1.0); optimizer.step(); sync.refresh()
 
-    module: the subnetwork (rank mod S), its weights equal to the other holders' (see `materialize`).  masks, layout: as
-    above, the same on every rank; masks {} is plain data parallelism.  backward: backward masking, the same on every rank.  bucket_bytes: gradients are sent in buckets of
-    about this size.  reduce False: leave gradients alone (somebody else averages them).  The loss must be the mean over
-    this worker's batch.  Any elementwise optimizer works (SGD, Adam, ...), over `self.trained()`.
+    module: the subnetwork (rank mod S), its weights equal to the other holders' (see `materialize`).  masks and layout as
+    above; masks {} is plain data parallelism.  backward: the masking is backward masking.  All of them the same on every
+    rank.  bucket_bytes: gradients are sent in buckets of about this size.  reduce False: leave gradients alone (somebody
+    else averages them).  The loss must be the mean over this worker's batch.  Any elementwise optimizer works (SGD, Adam),
+    over `self.trained()`.
     """
 
     def __init__(self, module, masks, layout, backward=False, bucket_bytes=25 * 2**20, reduce=True):
@@ -409,7 +410,8 @@ class SubnetDataParallel:
                 filling[key].append(piece)
                 if sum(p.numel for p in filling[key]) * itemsize >= bucket_bytes:
                     self.buckets.append((key, filling.pop(key)))
-        self.buckets += filling.items()
+        turn = {full: i for i, full in enumerate(reversed(self.layout))}
+        self.buckets = sorted(self.buckets + list(filling.items()), key=lambda b: turn[b[1][-1].full])     # by last gradient
 
         # Groups.  NCCL wants a group made by all ranks alike, and one order of collectives for all of them: bucket order
         self._groups = {everyone: dist.group.WORLD}
@@ -607,8 +609,10 @@ class SubnetDataParallel:
         for i, piece in enumerate(pieces):
             part = self._part(piece, lambda p: p, tensors)
             if part is not None:                                     # 62 bits of a sum in which position counts
-                bits = part.contiguous().view(torch.uint8).flatten().long()
-                low[i] = high[i] = int((bits * torch.arange(1, len(bits) + 1, device=self.device)).sum()) % 2**62
+                total = 0
+                for j, some in enumerate(part.contiguous().view(torch.uint8).flatten().split(2**20)):
+                    total += (2 * j + 1) * int((some.long() * torch.arange(1, len(some) + 1, device=self.device)).sum())
+                low[i] = high[i] = total % 2**62
         dist.all_reduce(low, op=dist.ReduceOp.MIN)
         dist.all_reduce(high, op=dist.ReduceOp.MAX)
         bad = [piece.full for piece, same in zip(pieces, (low == high).tolist()) if not same]

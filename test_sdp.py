@@ -1012,6 +1012,8 @@ BAD = [
     (["--device", "cuda"], "no CUDA device"),
     (["--resume", "--overwrite"], "contradict"),
     (["--sample", "x"], "--sample needs --resume"),
+    (["--compile"], "--compile needs real workers"),
+    (["--checkpoint-activations"], "--checkpoint-activations needs real workers"),
     (["--frobnicate"], "unrecognized arguments"),
     (["--masking", "sideways"], "invalid choice"),
 ]
