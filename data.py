@@ -11,6 +11,7 @@ int32 (20240520, 1, number of tokens, vocabulary size or 0 for GPT-2's 50257, ze
 
 import argparse
 import hashlib
+import http.client
 import os
 import sys
 import sysconfig
@@ -188,7 +189,7 @@ def fetch(url, path, tries=5):
             problem = f"the server answers {e.code}"
             if 400 <= e.code < 500:
                 raise UserError(f"cannot fetch {url}: {problem}") from None
-        except (OSError, ValueError) as e:                           # no route, time-out, reset
+        except (OSError, ValueError, TypeError, http.client.HTTPException) as e:      # no route, time-out, reset, nonsense
             problem = str(getattr(e, "reason", e))
         if attempt < tries - 1:
             time.sleep(min(2 ** attempt, 10) * 0.1)

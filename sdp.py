@@ -166,11 +166,9 @@ def check_masks(masks, branches):
         raise ValueError(f"the masks are not of this model: branches {sorted(masks.keys() ^ branches.keys())[:3]} differ")
     subnets, counts = {m.shape[-1] for m in masks.values()}, set()
     for name, mask in masks.items():
-        if mask.dtype != torch.bool or mask.dim() != 2 or len(mask) != branches[name][1] or len(subnets) != 1:
+        if len(mask) != branches[name][1] or len(subnets) != 1:
             raise ValueError(f"mask of {name}: wanted bool [{branches[name][1]} neurons, subnets], with as many subnets "
                              f"as the other masks, got {mask.dtype} {list(mask.shape)}")
-        if not mask.any(1).all():
-            raise ValueError(f"mask of {name}: no subnet holds neuron {int((~mask.any(1)).nonzero()[0])}")
         counts |= set(mask.sum(1).tolist())
     sets, warnings = holder_sets(masks)[0], []
     if len(counts) > 1:
@@ -228,6 +226,10 @@ def holder_sets(masks):
     """All different sets of subnets that hold some neuron, as sorted tuples, and {branch: set number of each neuron}."""
     sets, which = {}, {}
     for name, mask in masks.items():
+        if mask.dtype != torch.bool or mask.dim() != 2:
+            raise ValueError(f"mask of {name}: wanted bool [neurons, subnets], got {mask.dtype} {list(mask.shape)}")
+        if not mask.any(1).all():
+            raise ValueError(f"mask of {name}: no subnet holds neuron {int((~mask.any(1)).nonzero()[0])}")
         rows, inverse = mask.unique(dim=0, return_inverse=True)
         number = [sets.setdefault(tuple(row.nonzero().flatten().tolist()), len(sets)) for row in rows]
         which[name] = torch.tensor(number)[inverse]
@@ -261,6 +263,8 @@ def slots(module, masks, layout, subnet):
         if dim is None:
             out[local] = Slot(full, None, None, branch is None or bool(masks[branch][:, subnet].any()))
         else:
+            if shape[dim] % len(masks[branch]):
+                raise ValueError(f"parameter {full} has {shape[dim]} rows, which {len(masks[branch])} neurons cannot share equally")
             per, held = shape[dim] // len(masks[branch]), masks[branch][:, subnet]
             neurons = which[branch].argsort(stable=True)             # sorted by holder set
             neurons = neurons[(held == (full == local))[neurons]]    # those held here, or those of `rest`
@@ -331,7 +335,7 @@ class SubnetDataParallel:
     """Wraps the subnetwork of this process, much as DistributedDataParallel wraps a model.
 
         sync = SubnetDataParallel(subnet, masks, layout)
-        loss.backward(); sync.finish(); sync.clip_grad_norm(1.0); optimizer.step(); sync.refresh()
+        loss.backward(); sync.finish(); sync.clip_grad_norm(1.0); optimizer.step(); optimizer.zero_grad(); sync.refresh()
 
     module: the subnetwork (rank mod S), its weights equal to the other holders' (see `materialize`).  masks and layout as
     above; masks {} is plain data parallelism.  backward: the masking is backward masking.  All of them the same on every
@@ -350,11 +354,14 @@ class SubnetDataParallel:
         self.slots = slots(module, masks, layout, self.subnet)
         self.params = dict(module.named_parameters())
         self._local = {(slot.full, slot.trains): local for local, slot in self.slots.items()}
-        self.device, self.dtype = (lambda p: (p.device, p.dtype))(next(module.parameters()))
+        self.device, self.dtype = next((p.device, p.dtype) for p in self.params.values())
+        if any(p.dtype != self.dtype for p in self.params.values()):
+            raise ValueError("all parameters must have one dtype, since they share buckets")
         self.sent_bytes = 0                                          # by this worker, so far
         self._plan(bucket_bytes, backward)
         # NCCL: collectives are issued inside one side stream, so that those of overlapping groups keep their order
-        self._stream = torch.cuda.Stream(self.device) if dist.get_backend() == "nccl" else None
+        nccl = self.device.type == "cuda" and "nccl" in dist.get_backend_config()
+        self._stream = torch.cuda.Stream(self.device) if nccl else None
         self._synchronise = reduce
         self._restart()
         for local, p in self.trained().items():
@@ -476,7 +483,14 @@ class SubnetDataParallel:
             if self._stream:
                 self._unpack(pieces, flat, lambda p: p.grad)         # the stream keeps the order
             else:
-                self._flying.append((work, pieces, flat))            # unpacked by finish()
+                self._flying.append((work, pieces, flat))
+                while self._flying and self._flying[0][0].is_completed():             # keep no more buckets than are under way
+                    self._land()
+
+    def _land(self):
+        work, pieces, flat = self._flying.pop(0)
+        work.wait()
+        self._unpack(pieces, flat, lambda p: p.grad)
 
     @torch.no_grad()
     def finish(self):
@@ -487,9 +501,8 @@ class SubnetDataParallel:
                     p.grad = torch.zeros_like(p)
             while self._next < len(self._mine):
                 self._send()
-            for work, pieces, flat in self._flying:
-                work.wait()
-                self._unpack(pieces, flat, lambda p: p.grad)
+            while self._flying:
+                self._land()
             self._join()
             self._restart()
 
@@ -518,21 +531,25 @@ class SubnetDataParallel:
     def refresh(self):
         """Backward masking: brings the weights that were updated elsewhere.  Forward masking: nothing to do."""
         flying = []
+
+        def land(work, pieces, flat):
+            if work:
+                work.wait()
+            if self.subnet not in pieces[0].holders:
+                self._unpack(pieces, flat, lambda p: p.data)
+
         with self._side_stream():
             for root, group, pieces in self._refreshes:
                 if self.rank == root:
                     flat = self._pack(pieces, lambda p: p.data)
                 else:
                     flat = torch.empty(sum(p.numel for p in pieces), dtype=self.dtype, device=self.device)
-                work = dist.broadcast(flat, root, group, async_op=not self._stream)
-                n = dist.get_world_size(group)
-                self.sent_bytes += flat.nbytes * (n - 1) / n
-                flying.append((work, pieces, flat))
-            for work, pieces, flat in flying:
-                if not self._stream:
-                    work.wait()
-                if self.subnet not in pieces[0].holders:
-                    self._unpack(pieces, flat, lambda p: p.data)
+                flying.append((dist.broadcast(flat, root, group, async_op=not self._stream), pieces, flat))
+                self.sent_bytes += flat.nbytes * (1 - 1 / dist.get_world_size(group))
+                while flying and (self._stream or flying[0][0].is_completed()):
+                    land(*flying.pop(0))
+            for item in flying:
+                land(*item)
         self._join()
 
     # -- between parameters and flat buffers -------------------------------------------------------------------------
@@ -695,6 +712,7 @@ def stream(sync, full, batches):
         module = full.get_submodule(path)
         weights = sync.gather(sync.params, under=path + ".")
         module.load_state_dict({name.removeprefix(path + "."): w for name, w in weights}, assign=True)
+        module.requires_grad_(False)                                 # or autocast would keep a bf16 copy of every stage
         if path != full.stages()[-1][0]:
             for i, x in enumerate(batches):
                 batches[i] = stage(x)

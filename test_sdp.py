@@ -7,6 +7,7 @@ explicit 0/1 masks on full-size weights, torch's DistributedDataParallel, a naiv
 
 import functools
 import http.server
+import io
 import json
 import multiprocessing
 import os
@@ -139,8 +140,8 @@ def train_steps(config, masks, backward, simulated=None, steps=20, accum=1, batc
         sync.finish()
         norms.append(float(sync.clip_grad_norm(clip)))
         optimizer.step()
-        sync.refresh()
         optimizer.zero_grad()
+        sync.refresh()
     sync.check_replicas()
     full = {name: t.clone() for name, t in sync.gather(sync.trained())}
     return np.array(losses), np.array(norms), full, sync.sent_bytes
@@ -307,6 +308,9 @@ def test_bad_masks_are_refused_and_odd_ones_warned_of():
     assert any("from 1 to 4 holders" in w for w in sdp.check_masks({**good, name: uneven}, branches))
     assert any("process groups" in w for w in sdp.check_masks({**good, name: uneven}, branches))
     assert any("separate groups" in w for w in sdp.check_masks(sdp.neuron_masks(branches, 4, 1), branches))
+    unheld = {**good, name: good[name].clone().fill_(False)}         # refused wherever masks come in
+    with pytest.raises(ValueError, match="no subnet holds neuron 0"):
+        make_sync(TINY, unheld, True, simulated=4)
     for held in (0, 5):
         with pytest.raises(ValueError, match="held must be"):
             sdp.block_masks(branches, 4, held)
@@ -976,6 +980,37 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
         assert "is damaged" in capsys.readouterr().out
 
 
+def test_random_damage_is_always_noticed(tmp_path):
+    train.main(flags(tmp_path, steps=1))
+    path, rng = tmp_path / "out" / "ckpt.pt", np.random.default_rng(0)
+    raw = path.read_bytes()
+    for _ in range(60):
+        broken = bytearray(raw)
+        if rng.random() < 0.3:
+            del broken[rng.integers(len(raw)):]
+        else:                                                        # in the weights, or in the archive's own tables
+            broken[rng.integers(len(raw)) if rng.random() < 0.5 else -rng.integers(1, 9000)] ^= 1 << rng.integers(8)
+        path.write_bytes(broken)
+        try:
+            found = train.find_checkpoint(tmp_path / "out")
+            same = torch.load(found, weights_only=True)              # a flip in a comment or time stamp does no harm
+            assert all(torch.equal(w, same["model"][n]) for n, w in torch.load(io.BytesIO(raw))["model"].items())
+        except data.UserError as e:
+            assert "is damaged" in str(e)
+    torch.save({"a": torch.zeros(1)}, path)
+    with pytest.raises(data.UserError, match="not a checkpoint of this program"):
+        train.main(flags(tmp_path, "--resume"))
+
+
+def test_a_vocabulary_without_tokenizer_trains_to_the_end_and_changing_it_is_refused(tmp_path, capsys):
+    data.write_bin(tmp_path / "text.bin", np.arange(6000) % 900, 1000)
+    train.main(flags(tmp_path, steps=2))
+    assert "(none: no tokenizer is known for a vocabulary of 1000" in capsys.readouterr().out
+    data.write_bin(tmp_path / "text.bin", np.arange(6000) % 900, 901)
+    with pytest.raises(data.UserError, match="now has a vocabulary of 901"):
+        train.main(flags(tmp_path, "--resume", steps=3))
+
+
 def test_flop_match_lengthens_the_run(tmp_path, capsys):
     train.main(flags(tmp_path, "--coverage", "1/2", "--flop-match", "--subnets", 4))
     shown = capsys.readouterr().out
@@ -996,6 +1031,8 @@ BAD = [
     (["--coverage", "0"], "more than 0 and at most 1"),
     (["--coverage", "9/8"], "more than 0 and at most 1"),
     (["--coverage", "1/0"], "neither a number nor a fraction"),
+    (["--coverage", "0.0002"], "not a multiple of 1/4.*nearest are 1/4"),
+    (["--seed", "-1"], "--seed: must be at least 0"),
     (["--coverage", "half"], "neither a number nor a fraction"),
     (["--subnets", "0"], "--subnets: must be at least 1"),
     (["--subnets", "two"], "--subnets: invalid"),

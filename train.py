@@ -44,11 +44,15 @@ DEFAULTS = {
 # Flags
 # ---------------------------------------------------------------------------------------------------------------------
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+def at_least(least):
+    def integer(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return int(text)
+    return integer
+
+
+positive = at_least(1)
 
 
 def parse(argv):
@@ -60,7 +64,7 @@ def parse(argv):
     p.add_argument("--level", choices=["block", "neuron"], default="block", help="[%(default)s]")
     p.add_argument("--coverage", help="k/S: part of the model each worker trains [the smallest that is at least 0.75]")
     p.add_argument("--subnets", type=positive, help="S: number of different subnetworks [number of workers; 4 without torchrun]")
-    p.add_argument("--seed", type=int, default=0, help="[%(default)s]")
+    p.add_argument("--seed", type=at_least(0), default=0, help="[%(default)s]")
     p.add_argument("--steps", type=positive, help="number of updates [by model]")
     p.add_argument("--flop-match", action="store_true", help="more steps, until the workers' mean FLOPs are those of DDP over --steps")
     p.add_argument("--batch-size", type=positive, help="sequences per worker and micro-step [by model]")
@@ -91,7 +95,7 @@ def coverage_to_held(text, subnets):
         raise UserError(f"--coverage {text} is neither a number nor a fraction such as 5/8") from None
     if not 0 < k <= subnets:
         raise UserError(f"--coverage {text} must be more than 0 and at most 1")
-    if k.denominator != 1 and abs(k - round(k)) > Fraction(1, 1000):
+    if not round(k) or abs(k - round(k)) > Fraction(1, 1000):        # 0.33 is not 1/3, but 0.3333 is
         near = [f"{i}/{subnets}" for i in (math.floor(k), math.ceil(k)) if i]
         raise UserError(f"--coverage {text} is not a multiple of 1/{subnets} (one part per subnet); the nearest are {' and '.join(near)}")
     return round(k)
@@ -120,13 +124,14 @@ def start_processes(wanted):
         raise UserError(f"--device {wanted} is not cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
-    backend = "gloo"
+    backend, gpus = "gloo", torch.cuda.device_count()
     if device.type == "cuda":
         if DISTRIBUTED:
-            gpus = torch.cuda.device_count()
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
             backend = "nccl" if int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus else "gloo"
-        torch.cuda.set_device(device)
+        if (device.index or 0) >= gpus:
+            raise UserError(f"--device {wanted}: this machine has CUDA devices 0 to {gpus - 1}")
+        torch.cuda.set_device(device.index or 0)
     if DISTRIBUTED:
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
     return device
@@ -193,7 +198,7 @@ def find_checkpoint(out_dir):
                     if damaged:
                         print(f"warning: {damaged[0]} is damaged, going on from {path}", flush=True)
                     return path
-            except (OSError, zipfile.BadZipFile):
+            except Exception:                                        # damage has many faces in a zip file
                 pass
             damaged.append(path)
     if damaged:
@@ -203,9 +208,11 @@ def find_checkpoint(out_dir):
 
 def load_checkpoint(path):
     try:                                                             # mapped: a rank reads only what it cuts
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as e:
-        raise UserError(f"{path} is not a checkpoint of this program: {str(e).splitlines()[0]}") from None
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        assert {"model", "optimizer", "step", "config", "masks"} <= checkpoint.keys()
+        return checkpoint
+    except Exception:
+        raise UserError(f"{path} is not a checkpoint of this program; start again with --overwrite") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,6 +312,12 @@ def settle(args, checkpoint):
 
 def claim(out_dir, resume, overwrite, step):
     """Makes the out-dir ready for a run that begins at `step`, without touching a run nobody said to touch."""
+    def known(line):                                                 # whole, and not of steps that will be done again
+        try:
+            return json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            return False
+
     metrics = out_dir / "metrics.jsonl"
     old = [f for f in (out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt", metrics) if f.exists()]
     if old and not (resume or overwrite):
@@ -313,9 +326,8 @@ def claim(out_dir, resume, overwrite, step):
         out_dir.mkdir(parents=True, exist_ok=True)
         for f in old if overwrite else []:
             f.unlink()
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        lines = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        metrics.with_suffix(".part").write_text("".join(lines))      # without what the run will do again
+        lines = metrics.read_text().splitlines(True) if metrics.exists() else []
+        metrics.with_suffix(".part").write_text("".join(filter(known, lines)))
         os.replace(metrics.with_suffix(".part"), metrics)
     except OSError as e:
         raise UserError(f"cannot write to --out-dir {out_dir}: {e.strerror}") from None
@@ -333,10 +345,28 @@ def main(argv=None):
             raise UserError(f"--sample needs --resume and a checkpoint in --out-dir {args.out_dir}")
         return say(sample(checkpoint, args.sample, device))
 
+    train(args, device, checkpoint)
+    del checkpoint
+    if RANK == 0:                                                    # the workers' memory is free again
+        say(f"\nA sample of the full model in {args.out_dir / 'ckpt.pt'}:\n")
+        try:
+            say(sample(load_checkpoint(args.out_dir / "ckpt.pt"), "def " if args.data == "stdlib" else "\n", device))
+        except UserError as e:
+            say(f"(none: {e})")
+    if DISTRIBUTED:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def train(args, device, checkpoint):
+    """The whole run: prepare, loop, evaluate, save."""
     # -- data, model, and masks: which of the S subnetworks holds which neuron
     held = settle(args, checkpoint)
     dataset = data.load(args.data, args.batch_size, args.seq_len, args.seed)
     config = replace(llama.PRESETS[args.model], vocab_size=dataset.vocab_size)
+    if checkpoint and checkpoint["config"]["vocab_size"] != config.vocab_size:
+        raise UserError(f"{args.data} now has a vocabulary of {config.vocab_size}, the checkpoint in {args.out_dir} one of "
+                        f"{checkpoint['config']['vocab_size']}; tokenise it as it was, or train another model in another --out-dir")
     branches, layout = llama.branches(config), llama.layout(config)
     masks, backward = {}, args.masking == "backward"
     if args.parallel == "ddp":                                       # no masks: everybody holds everything
@@ -357,7 +387,7 @@ def main(argv=None):
             return llama.Llama(config, sdp.held_counts(masks, subnet) if subnet is not None and masks else None,
                                backward and subnet is not None)
 
-    full, kinds = build(), [build(s) for s in range(args.subnets if masks else 1)]
+    full, kinds = build(), [build(s) for s in range(args.subnets if masks else 1)]       # without masks one kind of worker
     workers = WORLD if DISTRIBUTED else args.subnets
     say(f"{args.model} on {args.data}, {args.parallel}, {workers} workers"
         f"{'' if DISTRIBUTED else ' simulated in this process'}, {device.type}, {args.dtype}")
@@ -365,7 +395,7 @@ def main(argv=None):
         rows, neurons = sdp.rows_of(masks)
         say(f"{args.masking} masking, {args.level} level, coverage {args.coverage}; who holds what (subnets across):\n")
         say(sdp.picture(masks, branches))
-        say(f"\n  largest load / mean: " + ", ".join(f"{x:.2f} {kind}" for x, kind in zip(
+        say("\n  largest load / mean: " + ", ".join(f"{x:.2f} {kind}" for x, kind in zip(
             sdp.loads(masks, branches).max(0), ("bytes", "FLOPs", "activations")))
             + f"; spectral gap {sdp.spectral_gap(rows, neurons)[0]:.2f}")
         for warning in sdp.check_masks(masks, branches):
@@ -382,8 +412,8 @@ def main(argv=None):
         module.checkpoint_activations = args.checkpoint_activations
         sync = sdp.SubnetDataParallel(module, masks, layout, backward, reduce=args.parallel == "sdp")
         if args.compile:                                             # block by block: gradients still come one block at a time
-            for name, stage in module.model.layers.named_children():
-                stage.compile()
+            for layer in module.model.layers:
+                layer.compile()
         no_sync = sync.no_sync
         if args.parallel == "ddp":                                   # torch's own
             sync.module = DistributedDataParallel(module, gradient_as_bucket_view=True)
@@ -422,8 +452,8 @@ def main(argv=None):
         sync.finish()                                                # gradients are averages over their holders
         norm = sync.clip_grad_norm(1.0)
         optimizer.step()
-        sync.refresh()                                               # backward masking: frozen weights, from their holders
         optimizer.zero_grad()
+        sync.refresh()                                               # backward masking: frozen weights, from their holders
 
         now, end = step + 1, step + 1 == steps
         evaluates = end or now % args.eval_every == 0
@@ -446,15 +476,9 @@ def main(argv=None):
                     f.write(json.dumps(line) + "\n")
             since, done, sent = time.perf_counter(), now, sync.sent_bytes
         if end or now % args.save_every == 0:
+            paused = time.perf_counter()
             save_checkpoint(args.out_dir, sync, optimizer, now, saved_config, masks)
-            since = time.perf_counter()
-
-    if RANK == 0:
-        say(f"\nA sample of the full model in {args.out_dir / 'ckpt.pt'}:\n")
-        say(sample(load_checkpoint(args.out_dir / "ckpt.pt"), "def " if args.data == "stdlib" else "\n", device))
-    if DISTRIBUTED:
-        dist.barrier()
-        dist.destroy_process_group()
+            since += time.perf_counter() - paused                    # not a part of any step
 
 
 def counted_all_reduce(sync, bucket):
