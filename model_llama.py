@@ -9,7 +9,7 @@ The model is a stack of residual branches, x <- x + f(x).  The inside of each br
 So a branch with any subset of its neurons is again a branch of the same kind, only smaller, and a subnetwork is an
 ordinary Llama with smaller matrices.  A branch with no neuron left is not built at all: x <- x.
 
-Parameters have the names and the shapes of `transformers.LlamaForCausalLM`.
+The full model's parameters have the names and the shapes of `transformers.LlamaForCausalLM`.
 """
 
 from dataclasses import dataclass
@@ -65,12 +65,13 @@ def branches(c):
     """
     d, heads = c.hidden_size, c.queries_per_kv                       # a KV head and the query heads that read it:
     head = (2 * heads + 2) * c.head_dim * d                          # parameters: rows of q, k, v and columns of o
-    pairs = 12 * c.max_position_embeddings * heads * c.head_dim      # FLOPs of q k^T and of probabilities times v
+    # FLOPs of q k^T and of probabilities times v, for one token: 12 = 2 products x 2 x 3 (forward, and twice in backward)
+    pairs = 12 * c.max_position_embeddings * heads * c.head_dim
     out = {}
     for i in range(c.num_hidden_layers):
         out[f"model.layers.{i}.self_attn"] = (i, c.num_key_value_heads, 4 * head, 6 * head + pairs,
                                               (2 * heads + 2) * c.head_dim)
-        out[f"model.layers.{i}.mlp"] = (i, c.intermediate_size, 4 * 3 * d, 6 * 3 * d, 4)
+        out[f"model.layers.{i}.mlp"] = (i, c.intermediate_size, 4 * 3 * d, 6 * 3 * d, 4)   # gate, silu(gate), up, product
     return out
 
 
@@ -183,13 +184,13 @@ class Layer(nn.Module):
 
     def forward(self, x, rope):
         if self.input_layernorm is not None:                         # None: the branch is absent here, x <- x
-            h = self.input_layernorm(x)
+            normed = self.input_layernorm(x)
             for part in filter(None, (self.self_attn, self.rest.self_attn)):
-                x = x + part(h, rope)
+                x = x + part(normed, rope)
         if self.post_attention_layernorm is not None:
-            h = self.post_attention_layernorm(x)
+            normed = self.post_attention_layernorm(x)
             for part in filter(None, (self.mlp, self.rest.mlp)):
-                x = x + part(h)
+                x = x + part(normed)
         return x
 
 

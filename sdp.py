@@ -7,8 +7,9 @@ smaller model.  After each backward pass a parameter's gradient is averaged amon
 
     g_j  =  1/|H_j|  *  sum over workers i in H_j of  g_ij            H_j: the workers that hold parameter j
 
-Nothing else is exchanged: no activations, and nothing with workers that do not hold j.  Worked by hand, four neurons
-and two workers, neuron 0 only on worker 0, neuron 3 only on worker 1, neurons 1 and 2 on both:
+No activations are exchanged.  Besides gradients there is one scalar a step, for clipping, and where workers also run the
+neurons they do not train (backward masking), updated weights.  Worked by hand, four neurons and two workers, neuron 0 only
+on worker 0, neuron 3 only on worker 1, neurons 1 and 2 on both:
 
     mask [neurons, subnets]     gradient on worker 0     on worker 1        averaged
         1  0                            2                     -                 2
@@ -16,12 +17,15 @@ and two workers, neuron 0 only on worker 0, neuron 3 only on worker 1, neurons 1
         1  1                            1                     3                 2
         0  1                            -                     8                 8
 
-The whole method in its naive form: full-size tensors, one all-reduce, zeros from those who do not hold.  The rest of
-this file does the same with real subnetworks, so that memory, FLOPs and bytes fall with the part that is held.
+The method in its naive form is the function below: full-size tensors, zeros from those who do not hold, one all-reduce of
+the sum and one of the number of holders.  The rest of this file does the same with real subnetworks, so that memory, FLOPs
+and bytes fall with the part that is held: masks; cutting and pasting; all workers simulated in one process, which states
+the method most clearly; real workers; and last how to choose balanced masks.
 """
 
 import hashlib
 import math
+import weakref
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -55,7 +59,7 @@ def block_masks(branches, subnets, held, seed=0):
     for (block, neurons, *_), load in zip(branches.values(), _load(branches)):
         cost[blocks.index(block)] += load * neurons
         size[blocks.index(block)] += neurons
-    rows = dict(zip(blocks, torch.from_numpy(_balanced_sets(cost, size, subnets, held, seed))))
+    rows = dict(zip(blocks, torch.from_numpy(_balanced_sets(cost, size, subnets, held, seed))))     # at the end of this file
     return {name: rows[block].repeat(neurons, 1) for name, (block, neurons, *_) in branches.items()}
 
 
@@ -80,69 +84,10 @@ def neuron_masks(branches, subnets, held, seed=0):
 
 
 def _load(branches):
-    """[branches, kinds]: one neuron's load of each kind, in units of the mean over all neurons of the model."""
+    """[branches, kinds]: one neuron's load of each kind, as a fraction of the whole model's."""
     cost = np.array([loads for _, _, *loads in branches.values()], float)
     total = (cost * np.array([[neurons] for _, neurons, *_ in branches.values()])).sum(0)
     return cost / total
-
-
-def _balanced_sets(cost, size, subnets, held, seed):
-    """Gives each of n items (blocks, say) a set of exactly `held` subnets; at most `subnets` different sets.
-
-    cost [n, kinds], size [n] in neurons -> bool [n, subnets].  Simulated annealing on
-
-        largest load/mean over subnets and kinds  +  0.01 * mean square load  -  0.05 * spectral gap
-        +  10 * (connected components - 1)
-
-    It uses no clock and no communication, and rounds before it compares, so every rank finds the same sets.
-    """
-    if not 1 <= held <= subnets:
-        raise ValueError(f"held must be from 1 to {subnets} (the number of subnets), not {held}")
-    rng = np.random.default_rng(seed)
-    cost = cost / cost.sum(0) * subnets / held                       # now a subnet's mean load is 1
-    # Items beyond the number of sets share one: dearest first, into the lightest group
-    group, groups = np.zeros(len(cost), int), min(len(cost), subnets)
-    weight, neurons = np.zeros((groups, cost.shape[1])), np.zeros(groups)
-    for item in np.argsort(-cost.max(1), kind="stable"):
-        g = group[item] = (weight + cost[item]).max(1).argmin()
-        weight[g] += cost[item]
-        neurons[g] += size[item]
-    def energy(sets):
-        gap, components = spectral_gap(sets, neurons)
-        load = sets.T @ weight                                       # [subnets, kinds], mean 1
-        return round(load.max() + 0.01 * (load ** 2).mean() - 0.05 * gap + 10 * (components - 1), 9)
-
-    def start():
-        """Dearest group first, to the `held` subnets that carry least, equal ones by chance."""
-        sets, load = np.zeros((groups, subnets), bool), np.zeros((subnets, cost.shape[1]))
-        for g in np.argsort(-weight.max(1), kind="stable"):
-            sets[g, np.argsort((load + weight[g]).max(1) + 1e-6 * rng.random(subnets))[:held]] = True
-            load += sets[g][:, None] * weight[g]
-        return sets
-
-    sets = min((start() for _ in range(16)), key=energy)
-    now = best = energy(sets)
-    answer, steps = sets, int(2000 * min(1, (16 / subnets) ** 2)) if held < subnets else 0
-    for step, (pick, a, b, i, j, luck) in enumerate(rng.random((steps, 6))):
-        # Group a passes subnet i on and gets j: from group b in exchange, or (a = b) from outside
-        a, b = int(a * groups), int(b * groups)
-        if pick < 0.3:
-            b = a
-        give = np.flatnonzero(sets[a] & ~sets[b] if a != b else sets[a])
-        take = np.flatnonzero(sets[b] & ~sets[a] if a != b else ~sets[a])
-        if not len(give):
-            continue
-        i, j = give[int(i * len(give))], take[int(j * len(take))]
-        trial = sets.copy()
-        trial[a, [i, j]] = False, True
-        if a != b:
-            trial[b, [i, j]] = True, False
-        new, temperature = energy(trial), 0.03 * (1 - step / steps)
-        if new <= now or luck < math.exp((now - new) / temperature):
-            sets, now = trial, new
-        if now < best:
-            answer, best = sets, now
-    return answer[group]
 
 
 def spectral_gap(rows, neurons):
@@ -265,11 +210,11 @@ def slots(module, masks, layout, subnet):
         else:
             if shape[dim] % len(masks[branch]):
                 raise ValueError(f"parameter {full} has {shape[dim]} rows, which {len(masks[branch])} neurons cannot share equally")
-            per, held = shape[dim] // len(masks[branch]), masks[branch][:, subnet]
-            neurons = which[branch].argsort(stable=True)             # sorted by holder set
-            neurons = neurons[(held == (full == local))[neurons]]    # those held here, or those of `rest`
+            per, frozen = shape[dim] // len(masks[branch]), ".rest." in local
+            neurons = which[branch].argsort(stable=True)             # sorted by holder set; of them those held here,
+            neurons = neurons[masks[branch][neurons, subnet] != frozen]      # or, for `rest`, those not held
             rows = (neurons[:, None] * per + torch.arange(per)).flatten()
-            out[local] = Slot(full, dim, rows, full == local)
+            out[local] = Slot(full, dim, rows, not frozen)
             shape = (*shape[:dim], len(rows), *shape[dim + 1:])
         p.requires_grad_(out[local].trains)
         if p.shape != torch.Size(shape):
@@ -308,26 +253,88 @@ def materialize(module, masks, layout, subnet, value, device="cpu"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# One process: the same mathematics without communication, the clearest statement of the method
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Simulation:
+    """All workers, one after another, in one process: what SubnetDataParallel computes, with its interface.
+
+    modules: the S subnetworks, on the meta device.  value(full name) -> the full parameter's first value.
+    """
+
+    def __init__(self, modules, masks, layout, value, workers=None, device="cpu"):
+        self.layout, self.masks, self.subnets = layout, masks, len(modules)
+        self.size = workers or self.subnets
+        self.workers, self.device, self.sent_bytes = list(range(self.size)), torch.device(device), 0
+        self.modules, self.slots = modules, [slots(m, masks, layout, s) for s, m in enumerate(modules)]
+        self.params = {name: nn.Parameter(value(name).to(device, copy=True)) for name in layout}
+
+    def trained(self):
+        return self.params
+
+    def cut(self, local, value):
+        return value(local)                                          # parameters are full here
+
+    def run(self, worker, *inputs):
+        """Forward pass of one worker.  Its module is a mere shape, run with weights cut from the full ones; in the backward
+        pass autograd pastes the gradients back, and adds up those of all workers in the full parameter's .grad."""
+        s = worker % self.subnets
+        weights = {local: cut(self.params[slot.full] if slot.trains else self.params[slot.full].detach(), slot)
+                   for local, slot in self.slots[s].items()}
+        return functional_call(self.modules[s], weights, inputs)
+
+    no_sync = nullcontext
+
+    @torch.no_grad()
+    def finish(self):
+        """Now each gradient is a sum over the workers that hold the parameter: divides it by their number."""
+        for name, (branch, dim, shape) in self.layout.items():
+            p = self.params[name]
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            if branch is None:
+                holders = torch.tensor(self.subnets)
+            elif dim is None:
+                holders = self.masks[branch].any(0).sum()
+            else:
+                holders = self.masks[branch].sum(1).repeat_interleave(shape[dim] // len(self.masks[branch]))
+                holders = holders.view([-1 if d == dim else 1 for d in range(len(shape))])
+            p.grad /= (holders * (self.size // self.subnets)).to(self.device)
+
+    def clip_grad_norm(self, max_norm):
+        return nn.utils.clip_grad_norm_(self.params.values(), max_norm)
+
+    def refresh(self):
+        pass                                                         # frozen weights are cut afresh in every run
+
+    def gather(self, tensors, under=""):
+        yield from ((name, tensors[name].detach()) for name in self.layout if name.startswith(under))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Many processes: one subnetwork in each, synchronised by masked all-reduces
 # ---------------------------------------------------------------------------------------------------------------------
 #
-#   backward          clip               step          refresh (backward masking only)
-#   |-- gradients --> |-- 1 scalar ----> |-- local --> |-- new weights of each holder set, from one holder
-#   |   become ready  |   over the       |   AdamW     |   to those that run these neurons frozen -->
-#   |-- buckets -->   |   world
-#   |   all-reduced,  finish() waits for the last bucket
-#   |   overlapping
+# One step:  backward   buckets of gradients are all-reduced as they become complete, while the rest is still computed
+#            finish     waits for the last bucket
+#            clip       one scalar over the world
+#            step       local: AdamW, or any optimizer that treats every number by itself
+#            refresh    backward masking only: new weights, from one holder of each set to those that run them frozen
 #
-# Ring all-reduce among h workers sends 2 (h-1)/h bytes per byte and worker, which is optimal.  Refreshing n-1 workers
-# from one sends n-1 copies, (n-1)/n per worker of the group.  For W = S and coverage k/S that makes, per branch byte
-# and worker, 2 (k-1)/S in forward masking and (k+S-2)/S in backward masking; plain data parallelism: 2 (S-1)/S.
+# Bytes.  A ring all-reduce among h workers sends 2 (h-1)/h bytes per byte and worker, which is optimal.  For W = S and
+# coverage k/S, per branch byte and worker: a worker holds k/S of it, and sends 2 (k-1)/k for each of them: 2 (k-1)/S.  A
+# refresh brings each weight to S-k others, spread over S workers: (S-k)/S.  So forward masking sends 2 (k-1)/S, backward
+# masking 2 (k-1)/S + (S-k)/S = (k+S-2)/S, and plain data parallelism 2 (S-1)/S.
+#
+# Order.  Two workers may share several groups.  If they issued those groups' collectives in different orders, both could
+# wait for ever.  So every worker sends its buckets in one global order, and a bucket that is complete early waits its turn.
 
 class Piece(NamedTuple):
     """The run of one full parameter that one set of subnets holds together."""
     full: str
     holders: tuple                  # subnets
-    start: int                      # first row in this worker's tensor: of its held ones if it holds them, else of `rest`
-    rows: int | None                # None: the whole parameter
+    start: int                      # first row in this worker's tensor: the held one if it holds them, else that of `rest`
+    length: int | None              # number of rows; None: the whole parameter
     numel: int
 
 
@@ -353,6 +360,7 @@ class SubnetDataParallel:
         self.subnet, self.workers = self.rank % self.subnets, [self.rank]
         self.slots = slots(module, masks, layout, self.subnet)
         self.params = dict(module.named_parameters())
+        # (full name, does it train here?) -> local name: in backward masking a full parameter has a part of each kind
         self._local = {(slot.full, slot.trains): local for local, slot in self.slots.items()}
         self.device, self.dtype = next((p.device, p.dtype) for p in self.params.values())
         if any(p.dtype != self.dtype for p in self.params.values()):
@@ -364,19 +372,17 @@ class SubnetDataParallel:
         self._stream = torch.cuda.Stream(self.device) if nccl else None
         self._synchronise = reduce
         self._restart()
+        ready = weakref.WeakMethod(self._ready)                      # a hook that held self would keep model and groups for ever
         for local, p in self.trained().items():
-            p.register_post_accumulate_grad_hook(lambda _, full=self.slots[local].full: self._ready(full))
+            p.register_post_accumulate_grad_hook(lambda _, full=self.slots[local].full: ready() and ready()(full))
 
     def trained(self):
         """{name in the subnetwork: parameter} of what this worker trains."""
         return {local: self.params[local] for local, slot in self.slots.items() if slot.trains}
 
-    def full_name(self, local):
-        return self.slots[local].full
-
-    def cut(self, local, full):
-        """What belongs into the parameter `local` (its optimizer state, say) of a tensor of the full parameter's shape."""
-        return cut(full, self.slots[local])
+    def cut(self, local, value):
+        """What belongs into the parameter `local`, or its optimizer state: cut from value(full name), a full tensor."""
+        return cut(value(self.slots[local].full), self.slots[local])
 
     def _workers_of(self, subnets):
         return [r for r in range(self.size) if r % self.subnets in subnets]
@@ -388,67 +394,62 @@ class SubnetDataParallel:
         """Buckets and process groups.  Every rank makes the same ones in the same order, from masks and layout alone."""
         everyone = tuple(range(self.subnets))
         sets, which = holder_sets(self.masks)
-        # This worker's first row of each (branch, set): sets follow each other, held ones and those of `rest` apart
-        count = {name: w.bincount(minlength=len(sets)).tolist() for name, w in which.items()}
-        start = defaultdict(int)
-        for name in count:
-            total = {True: 0, False: 0}
-            for i, s in enumerate(sets):
-                start[name, i] = total[self.subnet in s]
-                total[self.subnet in s] += count[name][i]
-        # Cut the parameters, in the order of the backward pass, into pieces; fill a bucket for each holder set
-        filling, self.buckets = defaultdict(list), []
-        itemsize = torch.empty((), dtype=self.dtype).itemsize
-        for full in reversed(self.layout):
-            branch, dim, shape = self.layout[full]
-            if branch is None:
-                pieces = [Piece(full, everyone, 0, None, shape.numel())]
-            elif dim is None:
-                who = tuple(self.masks[branch].any(0).nonzero().flatten().tolist())
-                pieces = [Piece(full, who, 0, None, shape.numel())]
-            else:
-                per = shape[dim] // len(self.masks[branch])
-                pieces = [Piece(full, s, start[branch, i] * per, count[branch][i] * per,
-                                shape.numel() // shape[dim] * count[branch][i] * per)
-                          for i, s in enumerate(sets) if count[branch][i]]
-            for piece in pieces:
-                # A set that holds no neurons of its own gets no group: all take part, those outside with zeros
-                key = piece.holders if piece.holders in sets else everyone
-                filling[key].append(piece)
-                if sum(p.numel for p in filling[key]) * itemsize >= bucket_bytes:
-                    self.buckets.append((key, filling.pop(key)))
-        turn = {full: i for i, full in enumerate(reversed(self.layout))}
-        self.buckets = sorted(self.buckets + list(filling.items()), key=lambda b: turn[b[1][-1].full])     # by last gradient
+        count = {branch: numbers.bincount(minlength=len(sets)).tolist() for branch, numbers in which.items()}
 
-        # Groups.  NCCL wants a group made by all ranks alike, and one order of collectives for all of them: bucket order
-        self._groups = {everyone: dist.group.WORLD}
-        self._refreshes = []                                         # (root, group, pieces) this worker takes part in
-        for i, s in enumerate(sets):
-            if s != everyone and len(self._workers_of(s)) > 1:
-                self._groups[s] = dist.new_group(self._workers_of(s))
-        if backward:
-            groups = {}
-            for key, pieces in self.buckets:
-                for who in dict.fromkeys(p.holders for p in pieces if p.holders != everyone):
-                    holders = self._workers_of(who)
-                    root = holders[(sets.index(who) if who in sets else 0) % len(holders)]     # roots rotate
-                    members = sorted({root} | set(range(self.size)) - set(holders))
-                    if who not in groups:
-                        groups[who] = dist.group.WORLD if key == everyone else dist.new_group(members)
-                    if key == everyone or self.rank in members:
-                        self._refreshes.append((root, groups[who], [p for p in pieces if p.holders == who]))
-        self._mine = [b for b in self.buckets if self.subnet in b[0]]
-        self._buckets_of = defaultdict(list)                         # full name -> which of mine have pieces of it
+        def pieces_of(full):
+            branch, dim, shape = self.layout[full]
+            if dim is None:
+                who = everyone if branch is None else tuple(self.masks[branch].any(0).nonzero().flatten().tolist())
+                return [Piece(full, who, 0, None, shape.numel())]
+            per, pieces = shape[dim] // len(self.masks[branch]), []
+            for i, (s, n) in enumerate(zip(sets, count[branch])):
+                if n:                                                # before it lie the sets of its kind, held or frozen
+                    first = sum(m for t, m in zip(sets[:i], count[branch]) if (self.subnet in t) == (self.subnet in s))
+                    pieces.append(Piece(full, s, first * per, n * per, shape.numel() // len(self.masks[branch]) * n))
+            return pieces
+
+        # Fill a bucket for each holder set, in the order of the backward pass; buckets are sent in that of their last gradient
+        filling, buckets = defaultdict(list), []
+        for turn, full in enumerate(reversed(self.layout)):
+            for piece in pieces_of(full):
+                # A norm is held by all who hold a neuron of its branch.  Where that is none of the holder sets, there is
+                # no group for it: the whole world takes part, the others with zeros
+                group = piece.holders if piece.holders in sets else everyone
+                filling[group].append((turn, piece))
+                if sum(p.numel for _, p in filling[group]) * self.dtype.itemsize >= bucket_bytes:
+                    buckets.append((group, filling.pop(group)))
+        buckets = sorted(buckets + list(filling.items()), key=lambda bucket: bucket[1][-1][0])
+        self.buckets = [(group, [piece for _, piece in pieces]) for group, pieces in buckets]
+        self._mine = [(group, pieces) for group, pieces in self.buckets if self.subnet in group]
+        self._buckets_of = defaultdict(list)                         # full name -> numbers of my buckets with pieces of it
         for i, (_, pieces) in enumerate(self._mine):
             for full in {p.full for p in pieces if self.subnet in p.holders}:
                 self._buckets_of[full].append(i)
+
+        # A group for each holder set and, for backward masking, one of a holder (the root) and all non-holders.  Making a
+        # group is itself collective: all ranks make all groups, in the same order
+        self._groups, others = {everyone: dist.group.WORLD}, {everyone: dist.group.WORLD}
+        for s in sets:
+            if s != everyone and self._count(s) > 1:
+                self._groups[s] = dist.new_group(self._workers_of(s))
+        self._refreshes = []                                         # (root, group, pieces) this worker takes part in
+        for group, pieces in self.buckets if backward else ():
+            # One set of holders, but in buckets of the whole world, where those of norms without a group differ
+            for who in dict.fromkeys(p.holders for p in pieces if p.holders != everyone):
+                holders = self._workers_of(who)
+                root = holders[sets.index(group) % len(holders)] if group in sets else holders[0]      # roots rotate
+                members = sorted({root} | set(range(self.size)) - set(holders))
+                if group not in others:
+                    others[group] = dist.new_group(members)
+                if group == everyone or self.rank in members:
+                    self._refreshes.append((root, others[group], [p for p in pieces if p.holders == who]))
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
     @contextmanager
     def no_sync(self):
         """Inside, backward passes only accumulate; the one after synchronises the sum (gradient accumulation)."""
-        before, self._synchronise = self._synchronise, False
+        before, self._synchronise = self._synchronise, False         # not True after: with reduce=False it stays off
         try:
             yield
         finally:
@@ -471,20 +472,20 @@ class SubnetDataParallel:
 
     @torch.no_grad()
     def _send(self):
-        key, pieces = self._mine[self._next]
+        group, pieces = self._mine[self._next]
         self._next += 1
-        h = self._count(key)
+        h = self._count(group)
         if h == 1:
             return                                                   # nobody to average with
         with self._side_stream():
             flat = self._pack(pieces, lambda p: p.grad, scale=True)
-            work = dist.all_reduce(flat, group=self._groups[key], async_op=not self._stream)
+            work = dist.all_reduce(flat, group=self._groups[group], async_op=not self._stream)
             self.sent_bytes += flat.nbytes * 2 * (h - 1) / h
             if self._stream:
                 self._unpack(pieces, flat, lambda p: p.grad)         # the stream keeps the order
             else:
                 self._flying.append((work, pieces, flat))
-                while self._flying and self._flying[0][0].is_completed():             # keep no more buckets than are under way
+                while self._flying and self._flying[0][0].is_completed():    # keep no more buckets than are under way
                     self._land()
 
     def _land(self):
@@ -558,9 +559,9 @@ class SubnetDataParallel:
         """The piece as a view into this worker's weight or gradient; None if it has no such thing."""
         local = self._local.get((piece.full, self.subnet in piece.holders))
         tensor = local and of((tensors or self.params)[local])
-        if tensor is None or piece.rows is None:
+        if tensor is None or piece.length is None:
             return tensor
-        return tensor.narrow(self.layout[piece.full][1], piece.start, piece.rows)
+        return tensor.narrow(self.layout[piece.full][1], piece.start, piece.length)
 
     def _pack(self, pieces, of, scale=False):
         flat = torch.empty(sum(p.numel for p in pieces), dtype=self.dtype, device=self.device)
@@ -591,7 +592,7 @@ class SubnetDataParallel:
     # -- the full model ----------------------------------------------------------------------------------------------
 
     def run(self, worker, *inputs):
-        """Forward pass of worker `worker`, which must be this process; Simulation has the same method."""
+        """Forward pass of worker `worker`, here always this process's; Simulation has the same method."""
         return self.module(*inputs)
 
     @torch.no_grad()
@@ -600,7 +601,7 @@ class SubnetDataParallel:
 
         tensors: {name in the subnetwork: tensor of the parameter's shape}: the weights, or optimizer state.  Collective:
         all ranks must call it and exhaust it.  Every holder pastes its rows, the others have zero bytes there, and all
-        holders have the same bits: the maximum of the bytes is exact.
+        holders have the same bits, so the maximum over bytes is exactly those bits.
         """
         for full, (branch, dim, shape) in self.layout.items():
             if not full.startswith(under):
@@ -621,6 +622,7 @@ class SubnetDataParallel:
     def check_replicas(self, tensors=None):
         """Raises RuntimeError on every rank unless all holders of each piece have the same bits (of the weights, say)."""
         tensors = tensors or self.params
+        # A rank without a piece leaves +2^62 and -2^62, which never win the minimum or the maximum
         low = torch.full((sum(len(p) for _, p in self.buckets),), 2**62, dtype=torch.int64, device=self.device)
         high, pieces = -low, [piece for _, pieces in self.buckets for piece in pieces]
         for i, piece in enumerate(pieces):
@@ -638,68 +640,8 @@ class SubnetDataParallel:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One process: the same mathematics without communication, the clearest statement of the method
+# Evaluating the full model, which no worker holds
 # ---------------------------------------------------------------------------------------------------------------------
-
-class Simulation:
-    """All workers, one after another, in one process: what SubnetDataParallel computes, with its interface.
-
-    modules: the S subnetworks, on the meta device.  value(full name) -> the full parameter's first value.
-    """
-
-    def __init__(self, modules, masks, layout, value, workers=None, device="cpu"):
-        self.layout, self.masks, self.subnets = layout, masks, len(modules)
-        self.size = workers or self.subnets
-        self.workers, self.device, self.sent_bytes = list(range(self.size)), torch.device(device), 0
-        self.modules, self.slots = modules, [slots(m, masks, layout, s) for s, m in enumerate(modules)]
-        self.params = {name: nn.Parameter(value(name).to(device, copy=True)) for name in layout}
-
-    def trained(self):
-        return self.params
-
-    def full_name(self, local):
-        return local
-
-    def cut(self, local, full):
-        return full
-
-    def check_replicas(self):
-        pass                                                         # there is one copy of everything
-
-    def run(self, worker, *inputs):
-        """Forward pass of one worker: its subnetwork, its weights cut from the full ones.  Autograd pastes gradients back."""
-        s = worker % self.subnets
-        weights = {local: cut(self.params[slot.full] if slot.trains else self.params[slot.full].detach(), slot)
-                   for local, slot in self.slots[s].items()}
-        return functional_call(self.modules[s], weights, inputs)
-
-    no_sync = nullcontext
-
-    @torch.no_grad()
-    def finish(self):
-        """Now each gradient is a sum over the workers that hold the parameter: divides it by their number."""
-        for name, (branch, dim, shape) in self.layout.items():
-            p = self.params[name]
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            if branch is None:
-                holders = torch.tensor(self.subnets)
-            elif dim is None:
-                holders = self.masks[branch].any(0).sum()
-            else:
-                holders = self.masks[branch].sum(1).repeat_interleave(shape[dim] // len(self.masks[branch]))
-                holders = holders.view([-1 if d == dim else 1 for d in range(len(shape))])
-            p.grad /= (holders * (self.size // self.subnets)).to(self.device)
-
-    def clip_grad_norm(self, max_norm):
-        return nn.utils.clip_grad_norm_(self.params.values(), max_norm)
-
-    def refresh(self):
-        pass
-
-    def gather(self, tensors, under=""):
-        yield from ((name, tensors[name].detach()) for name in self.layout if name.startswith(under))
-
 
 @torch.no_grad()
 def stream(sync, full, batches):
@@ -719,3 +661,69 @@ def stream(sync, full, batches):
         else:
             yield from map(stage, batches)
         module.to("meta")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing masks: any rule with exactly k holders for every neuron would do; this one balances loads and mixes well
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _balanced_sets(cost, size, subnets, held, seed):
+    """Gives each of n items (blocks, say) a set of exactly `held` subnets; at most `subnets` different sets.
+
+    cost [n, kinds], size [n] in neurons -> bool [n, subnets].  Simulated annealing on
+
+        largest load/mean over subnets and kinds  +  0.01 * mean square load  -  0.05 * spectral gap
+        +  10 * (connected components - 1)
+
+    The weights say what matters: connected first, then balance, then, worth at most 5 % of balance, the gap; the mean
+    square only shows the way where the largest load is flat.  No clock, no communication, and rounding before it
+    compares: every rank finds the same sets.
+    """
+    if not 1 <= held <= subnets:
+        raise ValueError(f"held must be from 1 to {subnets} (the number of subnets), not {held}")
+    rng = np.random.default_rng(seed)
+    cost = cost / cost.sum(0) * subnets / held                       # now a subnet's mean load is 1
+    # Items beyond the number of sets share one: dearest first, into the lightest bundle
+    bundle, bundles = np.zeros(len(cost), int), min(len(cost), subnets)
+    weight, neurons = np.zeros((bundles, cost.shape[1])), np.zeros(bundles)
+    for item in np.argsort(-cost.max(1), kind="stable"):
+        g = bundle[item] = (weight + cost[item]).max(1).argmin()
+        weight[g] += cost[item]
+        neurons[g] += size[item]
+    def energy(sets):
+        gap, components = spectral_gap(sets, neurons)
+        load = sets.T @ weight                                       # [subnets, kinds], mean 1
+        return round(load.max() + 0.01 * (load ** 2).mean() - 0.05 * gap + 10 * (components - 1), 9)
+
+    def start():
+        """Dearest bundle first, to the `held` subnets that carry least, equal ones by chance."""
+        sets, load = np.zeros((bundles, subnets), bool), np.zeros((subnets, cost.shape[1]))
+        for g in np.argsort(-weight.max(1), kind="stable"):
+            sets[g, np.argsort((load + weight[g]).max(1) + 1e-6 * rng.random(subnets))[:held]] = True
+            load += sets[g][:, None] * weight[g]
+        return sets
+
+    sets = min((start() for _ in range(16)), key=energy)
+    now = best = energy(sets)
+    answer, steps = sets, int(2000 * min(1, (16 / subnets) ** 2)) if held < subnets else 0
+    for step, (pick, a, b, i, j, luck) in enumerate(rng.random((steps, 6))):
+        # Bundle a gives up holder i and takes j.  a != b: b does the reverse, so nobody's number of bundles changes;
+        # a = b: j is any subnet outside.  (All sets have `held` members, so `take` is empty only when `give` is)
+        a, b = int(a * bundles), int(b * bundles)
+        if pick < 0.3:
+            b = a
+        give = np.flatnonzero(sets[a] & ~sets[b] if a != b else sets[a])
+        take = np.flatnonzero(sets[b] & ~sets[a] if a != b else ~sets[a])
+        if not len(give):
+            continue
+        i, j = give[int(i * len(give))], take[int(j * len(take))]
+        trial = sets.copy()
+        trial[a, [i, j]] = False, True
+        if a != b:
+            trial[b, [i, j]] = True, False
+        new, temperature = energy(trial), 0.03 * (1 - step / steps)
+        if new <= now or luck < math.exp((now - new) / temperature):
+            sets, now = trial, new
+        if now < best:
+            answer, best = sets, now
+    return answer[bundle]

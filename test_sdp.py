@@ -6,6 +6,7 @@ explicit 0/1 masks on full-size weights, torch's DistributedDataParallel, a naiv
 """
 
 import functools
+import gc
 import http.server
 import io
 import json
@@ -18,6 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -64,6 +66,7 @@ def _worker(pipe):
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            gc.collect()                                             # or the groups live on in cycles, each with its threads
         pipe.send_bytes(pickle.dumps(result))
 
 
@@ -142,7 +145,8 @@ def train_steps(config, masks, backward, simulated=None, steps=20, accum=1, batc
         optimizer.step()
         optimizer.zero_grad()
         sync.refresh()
-    sync.check_replicas()
+    if not simulated:
+        sync.check_replicas()
     full = {name: t.clone() for name, t in sync.gather(sync.trained())}
     return np.array(losses), np.array(norms), full, sync.sent_bytes
 
@@ -316,6 +320,14 @@ def test_bad_masks_are_refused_and_odd_ones_warned_of():
             sdp.block_masks(branches, 4, held)
 
 
+def test_the_mask_function_in_the_readme_works():
+    code = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    space = {"torch": torch}
+    exec(code, space)
+    masks = space["my_masks"](llama.branches(TINY), 4, 3, 0)
+    assert sdp.check_masks(masks, llama.branches(TINY)) == [] and all((m.sum(1) == 3).all() for m in masks.values())
+
+
 def test_picture_shows_the_masks():
     branches = {"a": (0, 2, 1.0), "b": (1, 2, 1.0)}
     whole = torch.tensor([[True, False], [True, False]])
@@ -337,15 +349,17 @@ def test_worked_example_at_the_top_of_sdp(run_on):
     assert run_on(2, _worked_example) == [[2, 5, 2, 8]] * 2
 
 
-CASES = [  # subnets, held, workers, accumulation steps
-    (1, 1, 1, 1), (2, 1, 2, 1), (2, 2, 2, 1), (3, 2, 3, 2), (4, 3, 4, 1), (4, 1, 4, 1), (2, 1, 4, 2), (3, 1, 6, 1), (8, 5, 8, 1),
+ALL = [(level, masking) for level in ("block", "neuron") for masking in ("forward", "backward")]
+CASES = [  # subnets, held, workers, accumulation steps: all four combinations, then two that differ in both
+    *[(case, *both) for case in [(2, 1, 2, 1), (3, 2, 3, 2), (4, 3, 4, 1), (2, 1, 4, 2)] for both in ALL],
+    *[(case, *both) for case in [(1, 1, 1, 1), (2, 2, 2, 1), (3, 1, 6, 1)] for both in (ALL[0], ALL[3])],
+    *[(case, *both) for case in [(4, 1, 4, 1), (8, 5, 8, 1)] for both in (ALL[1], ALL[2])],
 ]
 
 
-@pytest.mark.parametrize("masking", ["forward", "backward"])
-@pytest.mark.parametrize("level", ["block", "neuron"])
-@pytest.mark.parametrize("subnets,held,workers,accum", CASES)
-def test_distributed_equals_simulated_equals_dense_masked_model(run_on, subnets, held, workers, accum, level, masking):
+@pytest.mark.parametrize("case,level,masking", CASES, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)))
+def test_distributed_equals_simulated_equals_dense_masked_model(run_on, case, level, masking):
+    subnets, held, workers, accum = case
     masks, backward = masks_for(TINY, subnets, held, level), masking == "backward"
     ranks = run_on(workers, functools.partial(train_steps, accum=accum, bucket_bytes=10000), TINY, masks, backward)
     losses = np.concatenate([r[0] for r in ranks], axis=1)
@@ -458,6 +472,19 @@ def test_checksums_find_one_flipped_bit_in_one_replica(run_on):
         masks = {name: torch.ones(neurons, 2, dtype=torch.bool) for name, (_, neurons, *_) in llama.branches(TINY).items()}
         masks["model.layers.0.mlp"][:, 1] = ~backward                # backward: worker 1 runs this branch frozen
         assert run_on(2, _perturb, masks, backward) == [(3 + 9 * 3,) * 3] * 2
+
+
+def _dropped(masks):
+    sync = make_sync(TINY, masks, True)
+    llama.loss(sync.run(0, tokens_for(0, 0)[0]), tokens_for(0, 0)[1]).backward()
+    sync.finish()
+    model, sync = weakref.ref(sync.module), weakref.ref(sync)
+    gc.collect()
+    return sync() is None, model() is None
+
+
+def test_a_dropped_sync_is_freed_with_its_model(run_on):
+    assert run_on(2, _dropped, masks_for(TINY, 2, 1, "neuron")) == [(True, True)] * 2
 
 
 def _own_mlp(held, masks):

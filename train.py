@@ -119,7 +119,7 @@ def start_processes(wanted):
     try:
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        device = torch.device("meta")
+        raise UserError(f"--device {wanted} is not cpu or cuda") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {wanted} is not cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -369,7 +369,7 @@ def train(args, device, checkpoint):
                         f"{checkpoint['config']['vocab_size']}; tokenise it as it was, or train another model in another --out-dir")
     branches, layout = llama.branches(config), llama.layout(config)
     masks, backward = {}, args.masking == "backward"
-    if args.parallel == "ddp":                                       # no masks: everybody holds everything
+    if args.parallel == "ddp":                                       # no masks, no branches: everything is shared
         layout = {name: (None, None, shape) for name, (_, _, shape) in layout.items()}
     else:
         saved = checkpoint["config"] if checkpoint else {}
@@ -387,7 +387,7 @@ def train(args, device, checkpoint):
             return llama.Llama(config, sdp.held_counts(masks, subnet) if subnet is not None and masks else None,
                                backward and subnet is not None)
 
-    full, kinds = build(), [build(s) for s in range(args.subnets if masks else 1)]       # without masks one kind of worker
+    full, modules = build(), [build(s) for s in range(args.subnets if masks else 1)]       # without masks one kind of worker
     workers = WORLD if DISTRIBUTED else args.subnets
     say(f"{args.model} on {args.data}, {args.parallel}, {workers} workers"
         f"{'' if DISTRIBUTED else ' simulated in this process'}, {device.type}, {args.dtype}")
@@ -400,38 +400,40 @@ def train(args, device, checkpoint):
             + f"; spectral gap {sdp.spectral_gap(rows, neurons)[0]:.2f}")
         for warning in sdp.check_masks(masks, branches):
             say(f"warning: {warning}")
-    flops, ddp_flops = describe_workers(kinds, masks, layout, full, torch.zeros(args.batch_size, args.seq_len,
+    flops, ddp_flops = describe_workers(modules, masks, layout, full, torch.zeros(args.batch_size, args.seq_len,
                                                                                dtype=torch.long, device="meta"))
     steps = round(args.steps * ddp_flops / flops) if args.flop_match else args.steps
 
     # -- this process's worker, or all of them
     value = checkpoint["model"].__getitem__ if checkpoint else sdp.fresh(layout, partial(llama.init, config), args.seed)
     if DISTRIBUTED:
-        subnet = RANK % len(kinds)
-        module = sdp.materialize(kinds[subnet], masks, layout, subnet, value, device)
+        subnet = RANK % len(modules)
+        module = sdp.materialize(modules[subnet], masks, layout, subnet, value, device)
         module.checkpoint_activations = args.checkpoint_activations
         sync = sdp.SubnetDataParallel(module, masks, layout, backward, reduce=args.parallel == "sdp")
         if args.compile:                                             # block by block: gradients still come one block at a time
             for layer in module.model.layers:
                 layer.compile()
-        no_sync = sync.no_sync
-        if args.parallel == "ddp":                                   # torch's own
+        if args.parallel == "ddp":     # torch's own averages the gradients (reduce=False); sync still clips, gathers and counts
             sync.module = DistributedDataParallel(module, gradient_as_bucket_view=True)
             sync.module.register_comm_hook(sync, counted_all_reduce)
-            no_sync = sync.module.no_sync
     else:
-        sync = sdp.Simulation(kinds, masks, layout, value, workers, device)
-        no_sync = sync.no_sync
+        sync = sdp.Simulation(modules, masks, layout, value, workers, device)
+    no_sync = sync.module.no_sync if DISTRIBUTED and args.parallel == "ddp" else sync.no_sync
     trained = sync.trained()
     optimizer = torch.optim.AdamW([{"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": 0.1},
                                    {"params": [p for p in trained.values() if p.dim() == 1], "weight_decay": 0.0}],
                                   lr=args.lr, betas=(0.9, 0.95))
     for local, p in trained.items() if checkpoint else ():
-        full_name, state = sync.full_name(local), checkpoint["optimizer"]
-        optimizer.state[p] = {key: sync.cut(local, v).to(device, copy=True) if torch.is_tensor(v) else torch.tensor(float(v))
-                              for key, v in state[full_name].items()}
-    sync.check_replicas()
+        for key, example in next(iter(checkpoint["optimizer"].values())).items():
+            if torch.is_tensor(example):
+                optimizer.state[p][key] = sync.cut(local, lambda name: checkpoint["optimizer"][name][key]).to(device, copy=True)
+            else:
+                optimizer.state[p][key] = torch.tensor(float(example))       # the number of updates
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
+
+    if DISTRIBUTED:
+        sync.check_replicas()                                        # all holders begin with the same bits
 
     # -- the loop
     saved_config = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, **asdict(config)}
