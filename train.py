@@ -189,16 +189,19 @@ def save_checkpoint(out_dir, sync, optimizer, step, config, masks):
 
 
 def find_checkpoint(out_dir):
-    """Path of the newest intact checkpoint, or None.  torch.load does not notice a flipped bit; the zip checksums do."""
+    """Path of the newest intact checkpoint, or None.
+
+    torch.load does not notice a flipped bit, but the zip checksums do; what zip forgives in its tables, torch does not.
+    """
     damaged = []
     for path in (out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt"):
         if path.exists():
             try:
-                if zipfile.ZipFile(path).testzip() is None:
+                if zipfile.ZipFile(path).testzip() is None and torch.load(path, mmap=True, weights_only=True):
                     if damaged:
                         print(f"warning: {damaged[0]} is damaged, going on from {path}", flush=True)
                     return path
-            except Exception:                                        # damage has many faces in a zip file
+            except Exception:                                        # damage has many faces
                 pass
             damaged.append(path)
     if damaged:
