@@ -661,7 +661,7 @@ def test_every_pair_of_ranks_agrees_on_its_collectives_and_bytes_are_optimal(sub
         issued = sum(4 * n * (2 if kind == "reduce" else 1) * (len(who) - 1) / len(who) for who, kind, n, _ in calls)
         assert sent == pytest.approx(issued, rel=1e-12)
         assert level == "odd" or groups <= 2 * subnets + 1
-    # and from the masks: the optimum of DESIGN
+    # and from the masks: the optimum derived in sdp.py
     world, replicas, total, ddp = workers, workers // subnets, 0, 0
     for branch, dim, shape in llama.layout(TINY).values():
         size = 4 * shape.numel()
