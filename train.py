@@ -33,7 +33,7 @@ from data import UserError
 
 # The flags whose default depends on the model.  On two cores llama-tiny takes minutes.
 DEFAULTS = {
-    "llama-tiny": dict(steps=200, batch_size=16, seq_len=128, lr=3e-3),
+    "llama-tiny": dict(steps=250, batch_size=16, seq_len=128, lr=3e-3),
     "llama-134m": dict(steps=10000, batch_size=8, seq_len=1024, lr=6e-4),
     "llama-500m": dict(steps=20000, batch_size=4, seq_len=2048, lr=4e-4),
     "llama-1b": dict(steps=40000, batch_size=2, seq_len=2048, lr=3e-4),
