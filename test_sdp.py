@@ -1038,9 +1038,8 @@ def test_a_vocabulary_without_tokenizer_trains_to_the_end_and_changing_it_is_ref
         train.main(flags(tmp_path, "--resume", steps=3))
 
 
-def test_flop_match_lengthens_the_run(tmp_path, capsys):
+def test_flop_match_lengthens_the_run(tmp_path):
     train.main(flags(tmp_path, "--coverage", "1/2", "--flop-match", "--subnets", 4))
-    shown = capsys.readouterr().out
     assert 9 <= metrics(tmp_path)[-1]["step"] <= 12                  # half of the branches, all of embedding and head
 
 
