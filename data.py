@@ -2,7 +2,7 @@
 Data sets, each as `batch(split, step, worker, workers)`: a pure function of its arguments and the seed.
 
 A loader without state: the batch of step 1000 is the same whether the run came there in one go or was resumed, so a
-checkpoint has nothing to say about data.  Token files are the .bin shards of llm.c and modded-nanogpt: a header of 256
+checkpoint has nothing to say about data.  First text, then images, then the command line.  Token files are the .bin shards of llm.c and modded-nanogpt: a header of 256
 int32 (20240520, 1, number of tokens, vocabulary size or 0 for GPT-2's 50257, zeros), then the tokens as uint16.
 
     python data.py fineweb --shards 10                     fetch FineWeb, tokenised with GPT-2's vocabulary
@@ -23,6 +23,9 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
+import torch.nn.functional as F
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import check_integrity
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256 * 4                        # HEADER in bytes
 FOLDER = Path("datasets")                                            # where fetched and tokenised files go
@@ -31,6 +34,12 @@ VAL_SEQUENCES = 256                                                  # validatio
 
 class UserError(Exception):
     """Something the user can mend.  The message is one line that says what is wrong and what to do."""
+
+
+def seeded(*what):
+    """A CPU random generator that is a function of `what` alone (Python's own `hash` differs between processes)."""
+    digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,6 +95,8 @@ def read_bin(path):
 class Tokens:
     """Text as a language model's batches.  splits: {"train": [arrays of tokens], "val": [...]}"""
 
+    unit = "tokens"
+
     def __init__(self, splits, vocab_size, batch_size, seq_len, seed):
         self.splits, self.vocab_size = splits, vocab_size
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
@@ -105,8 +116,7 @@ class Tokens:
         """-> inputs, targets: int64 [B, T].  train: random windows; val: this worker's share, the last ones may be short."""
         if split == "train":
             lengths = torch.tensor([len(tokens) - self.seq_len for tokens in self.splits[split]])
-            digest = hashlib.sha256(f"{self.seed}/{step}/{worker}/{workers}".encode()).digest()
-            rng = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            rng = seeded(self.seed, step, worker, workers)
             starts = torch.randint(int(lengths.sum()), (self.batch_size,), generator=rng)
             shards = torch.searchsorted(lengths.cumsum(0), starts, right=True)
             starts -= (lengths.cumsum(0) - lengths)[shards]
@@ -136,8 +146,7 @@ def stdlib_splits():
     return {split: [np.concatenate(files)] if files else [] for split, files in splits.items()}
 
 
-def load(name, batch_size, seq_len, seed):
-    """The data set of --data: stdlib, fineweb or the path of a .bin shard."""
+def load_text(name, batch_size, seq_len, seed):
     if name == "stdlib":
         return Tokens(stdlib_splits(), 256, batch_size, seq_len, seed)
     if name == "fineweb":
@@ -145,7 +154,7 @@ def load(name, batch_size, seq_len, seed):
         if not all(paths.values()):
             raise UserError(f"no FineWeb shards in {FOLDER}: fetch some with  python data.py fineweb --shards 1")
     elif not name.endswith(".bin"):
-        raise UserError(f"unknown --data {name}: use stdlib, fineweb or the path of a .bin token file")
+        raise UserError(f"unknown --data {name}: use stdlib, fineweb, the path of a .bin token file, cifar10, cifar100 or shapes")
     else:
         paths = {"train": [Path(name)], "val": []}
         twin = Path(name).with_name(Path(name).name.replace("train", "val"))
@@ -161,6 +170,139 @@ def load(name, batch_size, seq_len, seed):
         edge = len(tokens) * 9 // 10
         splits = {"train": [tokens[:edge]], "val": [tokens[edge:]]}
     return Tokens(splits, vocab_sizes.pop(), batch_size, seq_len, seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------------------------------
+
+# name -> (number of classes, mean and standard deviation of the colours red, green, blue, for values from 0 to 1)
+IMAGES = {
+    "cifar10": (10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": (100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "shapes": (10, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+}
+
+
+class Images:
+    """Images as a classifier's batches.  splits: {"train": (uint8 [N, 3, 32, 32], labels int64 [N]), "val": ...}"""
+
+    unit = "images"
+
+    def __init__(self, name, splits, batch_size, seed, device="cpu"):
+        self.num_classes, mean, std = IMAGES[name]
+        self.splits, self.batch_size, self.seed, self.device = splits, batch_size, seed, device
+        self.mean, self.std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (mean, std))
+        for split, (images, labels) in splits.items():
+            if images.shape != (len(labels), 3, 32, 32) or not len(labels):
+                raise UserError(f"the {split} images of {name} have shape {list(images.shape)} for {len(labels)} labels; wanted "
+                                f"are 32x32 colour images, [{len(labels)}, 3, 32, 32]: fetch the data again")
+            if not 0 <= labels.min() <= labels.max() < self.num_classes:
+                raise UserError(f"the {split} labels of {name} go from {labels.min()} to {labels.max()}, but it has "
+                                f"{self.num_classes} classes: fetch the data again")
+
+    def val_steps(self, workers):
+        """Number of "val" batches of each worker; all workers together see every validation image once."""
+        return -(-len(self.splits["val"][1]) // (self.batch_size * workers))
+
+    def batch(self, split, step, worker, workers):
+        """-> images float [B, 3, 32, 32], labels int64 [B], on the device.
+
+        train: the workers walk through a permutation of all images together, then through another one; random shift and
+        mirror image.  val: this worker's share, the last ones may be short.
+        """
+        images, labels = self.splits[split]
+        place = (step * workers + worker) * self.batch_size + torch.arange(self.batch_size)
+        if split == "val":
+            which = place[place < len(labels)]
+        else:
+            epoch = place // len(labels)
+            which = torch.cat([torch.randperm(len(labels), generator=seeded(self.seed, "epoch", e))[place[epoch == e] % len(labels)]
+                               for e in epoch.unique().tolist()])
+        x, y = images[which].to(self.device), labels[which].to(self.device)
+        if split == "train":
+            x = shift_and_mirror(x, seeded(self.seed, "augment", step, worker, workers))
+        return (x / 255 - self.mean) / self.std, y
+
+
+def shift_and_mirror(x, rng, most=4):
+    """Moves each image of x [B, C, H, W] by up to `most` pixels each way, black coming in, and mirrors half of them."""
+    B, _, H, W = x.shape
+    down, right = torch.randint(2 * most + 1, (2, B, 1), generator=rng)
+    rows, columns = down + torch.arange(H), right + torch.arange(W)           # [B, H], [B, W]: where each pixel comes from
+    columns = torch.where(torch.rand(B, 1, generator=rng) < 0.5, columns, columns.flip(1))
+    rows, columns, image = rows.to(x.device), columns.to(x.device), torch.arange(B, device=x.device)
+    padded = F.pad(x, (most,) * 4)
+    return padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def download_images(name):
+    """Puts CIFAR into FOLDER unless it is there; torchvision checks it against its known checksums."""
+    if name not in ("cifar10", "cifar100"):
+        return
+    kind = CIFAR10 if name == "cifar10" else CIFAR100
+    try:
+        kind(FOLDER, download=True)
+    except Exception as e:                                           # no route, time-out, wrong bytes, full disk
+        archive = FOLDER / kind.filename
+        if archive.exists() and not check_integrity(archive, kind.tgz_md5):
+            archive.unlink()                                         # half a download is of no use to anyone
+        what = " ".join(str(getattr(e, "reason", e)).split())
+        raise UserError(f"cannot fetch {name} into {FOLDER} ({what}); --data shapes needs no network") from None
+
+
+def cifar_splits(name):
+    """-> {"train": (uint8 [N, 3, 32, 32], int64 [N]), "val": ...}, the test images being for validation."""
+    try:
+        sets = {split: (CIFAR10 if name == "cifar10" else CIFAR100)(FOLDER, train=split == "train") for split in ("train", "val")}
+        return {split: (torch.from_numpy(s.data).permute(0, 3, 1, 2), torch.tensor(s.targets)) for split, s in sets.items()}
+    except Exception as e:
+        raise UserError(f"{name} in {FOLDER} cannot be read ({' '.join(str(e).split())}): delete it there and fetch it again") from None
+
+
+def shapes(count, rng):
+    """SYNTHETIC: `count` drawings of one of ten shapes, of any size, place, angle and colours, under noise.
+
+    -> uint8 [count, 3, 32, 32], labels int64 [count].  Pixels say little one by one (a linear classifier is lost), so that
+    the shape itself has to be seen.
+    """
+    def between(low, high, *more):
+        return low + (high - low) * torch.rand(count, *more, generator=rng)
+
+    labels, line = torch.randint(10, (count,), generator=rng), torch.linspace(-1, 1, 32)
+    angle, size = between(0, 2 * torch.pi, 1, 1), between(0.4, 0.8, 1, 1)
+    x, y = line.view(1, 1, 32) - between(-0.25, 0.25, 1, 1), line.view(1, 32, 1) - between(-0.25, 0.25, 1, 1)
+    u, v = (x * angle.cos() + y * angle.sin()) / size, (y * angle.cos() - x * angle.sin()) / size     # [count, 32, 32]
+    r, a, b = (u ** 2 + v ** 2).sqrt(), u.abs(), v.abs()
+    disc, square = r < 1, torch.maximum(a, b) < 0.85
+    inside = torch.stack([
+        disc,                                                        # 0 disc
+        disc & (r > 0.6),                                            # 1 ring
+        square,                                                      # 2 square
+        square & (torch.maximum(a, b) > 0.5),                        # 3 frame
+        (v > -0.6) & (v < 1.1 - 1.9 * a),                            # 4 triangle
+        (torch.minimum(a, b) < 0.3) & (torch.maximum(a, b) < 1),     # 5 cross
+        (b < 0.9) & (a > 0.25) & (a < 0.75),                         # 6 two bars
+        disc & ((u - 0.5) ** 2 + v ** 2 > 0.6),                      # 7 crescent
+        disc & (u > 0),                                              # 8 half disc
+        disc & (u * v > 0),                                          # 9 two opposite quarters
+    ])[labels, torch.arange(count)]                                  # bool [count, 32, 32]
+    colour, ground = between(0, 1, 3, 1, 1), between(0, 1, 3, 1, 1)
+    far = (colour - ground).abs().amax(1, keepdim=True) > 0.3        # otherwise they are hard to tell apart: take the complement
+    colour = torch.where(far, colour, (ground + 0.5) % 1)
+    image = torch.where(inside[:, None], colour, ground) + 0.1 * torch.randn(count, 3, 32, 32, generator=rng)
+    return (image.clamp(0, 1) * 255).to(torch.uint8), labels
+
+
+def load(name, batch_size, seq_len, seed, device="cpu"):
+    """The data set of --data: text (stdlib, fineweb, the path of a .bin shard) or images (cifar10, cifar100, shapes)."""
+    if name not in IMAGES:
+        return load_text(name, batch_size, seq_len, seed)
+    if name == "shapes":
+        splits = {split: shapes(count, seeded("shapes", split)) for split, count in (("train", 10000), ("val", 2000))}
+    else:
+        splits = cifar_splits(name)
+    return Images(name, splits, batch_size, seed, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

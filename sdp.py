@@ -246,10 +246,14 @@ def fresh(layout, init, seed):
 def materialize(module, masks, layout, subnet, value, device="cpu"):
     """Gives a subnetwork built on the meta device its weights: value(full name) -> full tensor, one at a time, cut."""
     for local, slot in slots(module, masks, layout, subnet).items():
-        path, _, leaf = local.rpartition(".")
-        weight = cut(value(slot.full), slot).to(device, copy=True)
-        setattr(module.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=slot.trains))
+        put(module, local, cut(value(slot.full), slot).to(device, copy=True), slot.trains)
     return module
+
+
+def put(module, name, tensor, trains):
+    """Makes `tensor` the parameter called `name`."""
+    path, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=trains))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -647,20 +651,19 @@ class SubnetDataParallel:
 def stream(sync, full, batches):
     """Runs the full model over `batches`, a list of inputs that it uses up, and yields the outputs.
 
-    full: the full model on the meta device, with `stages()`: [(module path, function)].  Only one stage has its weights
-    in memory at a time, so that evaluation never needs the full model on a worker.  Collective, like `gather`.
+    full: the full model, its parameters on the meta device, with `stages()`: [(module path, function)].  Only one stage has
+    its weights in memory at a time, so that evaluation never needs the full model on a worker.  Collective, like `gather`.
     """
     for path, stage in full.stages():
-        module = full.get_submodule(path)
-        weights = sync.gather(sync.params, under=path + ".")
-        module.load_state_dict({name.removeprefix(path + "."): w for name, w in weights}, assign=True)
-        module.requires_grad_(False)                                 # or autocast would keep a bf16 copy of every stage
+        for name, weight in sync.gather(sync.params, under=path + "."):
+            put(full, name, weight, False)                           # trains: autocast would keep a bf16 copy of every stage
         if path != full.stages()[-1][0]:
             for i, x in enumerate(batches):
                 batches[i] = stage(x)
         else:
             yield from map(stage, batches)
-        module.to("meta")
+        for name, weight in full.get_submodule(path).named_parameters(path):
+            put(full, name, weight.to("meta"), False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

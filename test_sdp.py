@@ -1034,7 +1034,7 @@ def test_a_vocabulary_without_tokenizer_trains_to_the_end_and_changing_it_is_ref
     train.main(flags(tmp_path, steps=2))
     assert "(none: no tokenizer is known for a vocabulary of 1000" in capsys.readouterr().out
     data.write_bin(tmp_path / "text.bin", np.arange(6000) % 900, 901)
-    with pytest.raises(data.UserError, match="now has a vocabulary of 901"):
+    with pytest.raises(data.UserError, match="now has vocab_size 901"):
         train.main(flags(tmp_path, "--resume", steps=3))
 
 

@@ -1,7 +1,8 @@
 """
-Trains a LLaMA with Subnetwork Data Parallelism.
+Trains a LLaMA or a ResNet-18 with Subnetwork Data Parallelism.
 
     torchrun --standalone --nproc-per-node=4 train.py         four workers, a subnetwork each
+    torchrun --standalone --nproc-per-node=4 train.py --model resnet18 --data cifar10
     python train.py --subnets 8                               the same method, simulated in one process
     python train.py --resume --out-dir out --sample "def "    prints text from a checkpoint
 """
@@ -22,21 +23,26 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model_llama as llama
+import model_resnet as resnet
 import sdp
 from data import UserError
 
-# The flags whose default depends on the model.  On two cores llama-tiny takes minutes.
+# The flags whose default depends on the model, or on the data.  On two cores llama-tiny takes minutes, and so does resnet18
+# on shapes.  On CIFAR four workers have the usual batch of 128 between them, and 200 epochs.
 DEFAULTS = {
-    "llama-tiny": dict(steps=250, batch_size=16, seq_len=128, lr=3e-3),
-    "llama-134m": dict(steps=10000, batch_size=8, seq_len=1024, lr=6e-4),
-    "llama-500m": dict(steps=20000, batch_size=4, seq_len=2048, lr=4e-4),
-    "llama-1b": dict(steps=40000, batch_size=2, seq_len=2048, lr=3e-4),
+    "llama-tiny": dict(data="stdlib", steps=250, batch_size=16, seq_len=128, lr=3e-3, eval_every=100),
+    "llama-134m": dict(data="stdlib", steps=10000, batch_size=8, seq_len=1024, lr=6e-4, eval_every=100),
+    "llama-500m": dict(data="stdlib", steps=20000, batch_size=4, seq_len=2048, lr=4e-4, eval_every=100),
+    "llama-1b": dict(data="stdlib", steps=40000, batch_size=2, seq_len=2048, lr=3e-4, eval_every=100),
+    "resnet18": dict(data="cifar10", steps=78000, batch_size=32, lr=0.1, eval_every=2000),
+    "shapes": dict(steps=200, batch_size=16, lr=0.05, eval_every=100),
 }
 
 
@@ -58,7 +64,7 @@ positive = at_least(1)
 def parse(argv):
     p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=list(DEFAULTS), help="[llama-tiny]")
-    p.add_argument("--data", help="stdlib, fineweb, or the path of a .bin token file [stdlib]")
+    p.add_argument("--data", help="stdlib, fineweb, the path of a .bin token file; cifar10, cifar100, shapes [stdlib, or cifar10]")
     p.add_argument("--parallel", choices=["sdp", "ddp"], default="sdp", help="[%(default)s]")
     p.add_argument("--masking", choices=["forward", "backward"], default="forward", help="[%(default)s]")
     p.add_argument("--level", choices=["block", "neuron"], default="block", help="[%(default)s]")
@@ -67,11 +73,11 @@ def parse(argv):
     p.add_argument("--seed", type=at_least(0), default=0, help="[%(default)s]")
     p.add_argument("--steps", type=positive, help="number of updates [by model]")
     p.add_argument("--flop-match", action="store_true", help="more steps, until the workers' mean FLOPs are those of DDP over --steps")
-    p.add_argument("--batch-size", type=positive, help="sequences per worker and micro-step [by model]")
+    p.add_argument("--batch-size", type=positive, help="sequences or images per worker and micro-step [by model]")
     p.add_argument("--seq-len", type=positive, help="tokens per sequence [by model]")
     p.add_argument("--lr", type=float, help="peak learning rate [by model]")
     p.add_argument("--grad-accum", type=positive, default=1, help="micro-steps per update [%(default)s]")
-    p.add_argument("--eval-every", type=positive, default=100, help="updates between evaluations [%(default)s]")
+    p.add_argument("--eval-every", type=positive, help="updates between evaluations [by model]")
     p.add_argument("--save-every", type=positive, default=500, help="updates between checkpoints [%(default)s]")
     p.add_argument("--log-every", type=positive, default=10, help="updates between lines of output [%(default)s]")
     p.add_argument("--out-dir", type=Path, default=Path("out"), help="[%(default)s]")
@@ -164,8 +170,11 @@ def over_ranks(values, op, device):
 # Checkpoints: always of the full model, so that any number of workers can go on with any masks
 # ---------------------------------------------------------------------------------------------------------------------
 
-def save_checkpoint(out_dir, sync, optimizer, step, config, masks):
-    """Gathers model and optimizer state, one parameter at a time, and writes ckpt.pt; the old one stays as ckpt.prev.pt."""
+def save_checkpoint(out_dir, sync, optimizer, step, config, masks, statistics):
+    """Gathers model and optimizer state, one parameter at a time, and writes ckpt.pt; the old one stays as ckpt.prev.pt.
+
+    statistics: those of the full model's batch norms, {name: tensor}.
+    """
     def gather(tensors):
         return {name: t.detach().cpu().clone() if RANK == 0 else None for name, t in sync.gather(tensors)}
 
@@ -176,6 +185,7 @@ def save_checkpoint(out_dir, sync, optimizer, step, config, masks):
     model = gather(trained)
     if RANK == 0:
         state = {name: {**{key: state[key][name] for key in keys}, "step": step} for name in model}
+        model.update({name: b.cpu() for name, b in statistics.items()})
         part, path = out_dir / "ckpt.pt.part", out_dir / "ckpt.pt"
         with open(part, "wb") as f:
             torch.save({"model": model, "optimizer": state, "step": step, "config": config, "masks": masks}, f)
@@ -222,57 +232,106 @@ def load_checkpoint(path):
 # The numbers
 # ---------------------------------------------------------------------------------------------------------------------
 
-def measure_flops(model, tokens):
+def measure_flops(model, loss, batch):
     """FLOPs of one forward and backward pass, counted by torch from the operations of a run on the meta device."""
+    x, y = (t.to("meta") for t in batch)
     with FlopCounterMode(display=False) as counter:
-        llama.loss(model(tokens), tokens).backward()
+        loss(model(x), y).backward()
     return counter.get_total_flops()
 
 
-def describe_workers(subnets, masks, layout, full, tokens):
+def describe_workers(subnets, masks, layout, whole, loss, batch):
     """Prints what one worker holds against plain data parallelism; returns FLOPs: mean over the workers, and DDP's."""
+    states = 1 if isinstance(whole, resnet.ResNet) else 2            # momentum, or Adam's two moments
+
     def row(model, trains):
         numel = {local: p.numel() for local, p in model.named_parameters()}
         mine = sum(n for local, n in numel.items() if trains(local))
-        return 4 * sum(numel.values()), 4 * mine, 8 * mine, measure_flops(model, tokens)
+        return 4 * sum(numel.values()), 4 * mine, 4 * states * mine, measure_flops(model, loss, batch)
 
     rows = []
     for s, model in enumerate(subnets):
         slots = sdp.slots(model, masks, layout, s)
         rows.append(row(model, lambda local: slots[local].trains))
-    whole = row(full, lambda local: True)
+    ddp = row(whole, lambda local: True)
     say(f"\n  {'one worker':22}{'DDP':>12}{'largest here':>14}")
     for i, (name, unit) in enumerate((("parameters, MB", 1e6), ("gradients, MB", 1e6), ("optimizer state, MB", 1e6),
                                       ("GFLOPs a micro-step", 1e9))):
         largest = max(r[i] for r in rows)
-        say(f"  {name:22}{whole[i] / unit:12.2f}{largest / unit:14.2f}{largest / whole[i]:8.0%}")
+        say(f"  {name:22}{ddp[i] / unit:12.2f}{largest / unit:14.2f}{largest / ddp[i]:8.0%}")
     say()
-    return sum(r[3] for r in rows) / len(rows), whole[3]
+    return sum(r[3] for r in rows) / len(rows), ddp[3]
 
 
-def evaluate(sync, full, dataset, autocast):
-    """Validation loss of the full model, nats per token: each worker reads its share, one stage's weights at a time."""
-    batches = [dataset.batch("val", i, w, sync.size) for w in sync.workers for i in range(dataset.val_steps(sync.size))]
-    batches = [(x, y) for x, y in batches if len(x)]                 # there may be none left for the last workers
-    total = count = 0.0
-    with torch.no_grad(), autocast:
-        for logits, (_, y) in zip(sdp.stream(sync, full, [x.to(sync.device) for x, _ in batches]), batches):
-            total += float(llama.loss(logits, y.to(sync.device))) * y.numel()
+def full_model(sync, full, dataset, split, steps):
+    """Yields (outputs, targets) of the full model, for the batches 0 to steps - 1 of every worker.
+
+    As many batches go through the model at a time as it has stages: so it keeps no more activations than training does.
+    """
+    which = [(i, w) for i in range(steps) for w in sync.workers]
+    for n in range(0, len(which), len(full.stages())):
+        batches = [dataset.batch(split, i, w, sync.size) for i, w in which[n:n + len(full.stages())]]
+        batches = [(x.to(sync.device), y.to(sync.device)) for x, y in batches if len(x)]     # the last workers may have none
+        yield from zip(sdp.stream(sync, full, [x for x, _ in batches]), [y for _, y in batches])
+
+
+@torch.no_grad()
+def estimate_statistics(sync, full, dataset, autocast, images=1024):
+    """Mean and variance of every batch norm's inputs in the full model, over fixed training batches; puts them into `full`.
+
+    The statistics of the subnetworks are not those of the full model, so training keeps none.  These are the plain means
+    over all workers' first batches.  Returns {name: tensor}, for the checkpoint; for a model without batch norm {}.
+    """
+    norms = [m for m in full.modules() if isinstance(m, nn.BatchNorm2d)]
+    for m in norms:
+        m.to_empty(device=sync.device).reset_running_stats()
+    if norms:
+        full.train()
+        with autocast:
+            for _ in full_model(sync, full, dataset, "train", -(-images // (dataset.batch_size * sync.size))):
+                pass
+        full.eval()
+        if DISTRIBUTED:
+            for b in full.buffers():
+                dist.all_reduce(b)                                   # a sum; all workers have had equally many images
+                if b.is_floating_point():
+                    b /= WORLD
+    return dict(full.named_buffers())
+
+
+@torch.no_grad()
+def evaluate(sync, full, dataset, loss, autocast):
+    """-> validation loss of the full model in nats per token or image, and its accuracy."""
+    total = right = count = 0.0
+    with autocast:
+        for outputs, y in full_model(sync, full, dataset, "val", dataset.val_steps(sync.size)):
+            total += float(loss(outputs, y)) * y.numel()
+            right += float((outputs.argmax(-1) == y).sum())
             count += y.numel()
-    total, count = over_ranks([total, count], dist.ReduceOp.SUM, sync.device)
-    return total / count
+    total, right, count = over_ranks([total, right, count], dist.ReduceOp.SUM, sync.device)
+    return total / count, right / count
 
 
-def learning_rate(step, steps, peak):
-    """Warm-up over the first 5 %, then a cosine down to a tenth of the peak."""
+def make_optimizer(params, lr, images):
+    """The usual recipes: momentum for images (as in arXiv 1708.04552, section 4.1), AdamW for text."""
+    if images:
+        return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    return torch.optim.AdamW([{"params": [p for p in params if p.dim() > 1], "weight_decay": 0.1},
+                              {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95))
+
+
+def learning_rate(step, steps, peak, last):
+    """Warm-up over the first 5 %, then a cosine down to `last` times the peak."""
     warm = max(1, steps // 20)
     if step < warm:
         return peak * (step + 1) / warm
-    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    return peak * (last + (1 - last) * (0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))))
 
 
 def sample(checkpoint, prompt, device, count=200):
     """Text from the full model of a checkpoint: an ordinary Llama, no trace of subnetworks is left in it."""
+    if checkpoint["config"]["model"] == "resnet18":
+        raise UserError("--sample prints text, and the checkpoint's model, resnet18, reads images")
     config = llama.LlamaConfig(**{f.name: checkpoint["config"][f.name] for f in fields(llama.LlamaConfig)})
     encoding = data.encoding_for(config.vocab_size)
     with torch.device("meta"):
@@ -289,19 +348,26 @@ def sample(checkpoint, prompt, device, count=200):
 
 def settle(args, checkpoint):
     """Fills in what the flags leave open, and refuses what cannot be."""
-    for flag, default in ("model", "llama-tiny"), ("data", "stdlib"):
+    for flag in "model", "data":
         was, given = checkpoint and checkpoint["config"][flag], getattr(args, flag)
         if was and given and was != given:
             raise UserError(f"--{flag} {given} contradicts the checkpoint in {args.out_dir}, which has {was}")
-        setattr(args, flag, was or given or default)
-    for flag, value in DEFAULTS[args.model].items():
+        setattr(args, flag, was or given or (DEFAULTS[args.model]["data"] if flag == "data" else "llama-tiny"))
+    if args.model == "resnet18" and args.data not in data.IMAGES:
+        raise UserError(f"resnet18 reads images: --data can be {', '.join(data.IMAGES)}, not {args.data}")
+    if args.model != "resnet18" and args.data in data.IMAGES:
+        raise UserError(f"--data {args.data} holds images, and {args.model} reads text: use --model resnet18")
+    for flag, value in {**DEFAULTS[args.model], **DEFAULTS.get(args.data, {})}.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
     if not 0 < args.lr < math.inf:
         raise UserError(f"--lr must be a positive number, not {args.lr}")
-    context = llama.PRESETS[args.model].max_position_embeddings
-    if args.seq_len > context:
-        raise UserError(f"--seq-len {args.seq_len} is longer than the context of {args.model}, {context}")
+    if args.seq_len is not None:
+        context = getattr(llama.PRESETS.get(args.model), "max_position_embeddings", 0)
+        if not context:
+            raise UserError(f"--seq-len is for text, and {args.model} reads images")
+        if args.seq_len > context:
+            raise UserError(f"--seq-len {args.seq_len} is longer than the context of {args.model}, {context}")
     for flag in ("compile", "checkpoint_activations"):
         if getattr(args, flag) and not DISTRIBUTED:
             raise UserError(f"--{flag.replace('_', '-')} needs real workers: start with torchrun --nproc-per-node=1 or more")
@@ -350,7 +416,7 @@ def main(argv=None):
 
     train(args, device, checkpoint)
     del checkpoint
-    if RANK == 0:                                                    # the workers' memory is free again
+    if RANK == 0 and args.model != "resnet18":                       # the workers' memory is free again
         say(f"\nA sample of the full model in {args.out_dir / 'ckpt.pt'}:\n")
         try:
             say(sample(load_checkpoint(args.out_dir / "ckpt.pt"), "def " if args.data == "stdlib" else "\n", device))
@@ -365,12 +431,16 @@ def train(args, device, checkpoint):
     """The whole run: prepare, loop, evaluate, save."""
     # -- data, model, and masks: which of the S subnetworks holds which neuron
     held = settle(args, checkpoint)
-    dataset = data.load(args.data, args.batch_size, args.seq_len, args.seed)
-    config = replace(llama.PRESETS[args.model], vocab_size=dataset.vocab_size)
-    if checkpoint and checkpoint["config"]["vocab_size"] != config.vocab_size:
-        raise UserError(f"{args.data} now has a vocabulary of {config.vocab_size}, the checkpoint in {args.out_dir} one of "
-                        f"{checkpoint['config']['vocab_size']}; tokenise it as it was, or train another model in another --out-dir")
-    branches, layout = llama.branches(config), llama.layout(config)
+    images = args.data in data.IMAGES
+    family, Model = (resnet, resnet.ResNet) if images else (llama, llama.Llama)
+    first_rank_first(lambda: data.download_images(args.data))
+    dataset = data.load(args.data, args.batch_size, args.seq_len, args.seed, device)
+    size = "num_classes" if images else "vocab_size"                 # the one size of the model that the data decides
+    config = replace(family.PRESETS[args.model], **{size: getattr(dataset, size)})
+    if checkpoint and checkpoint["config"][size] != getattr(config, size):
+        raise UserError(f"{args.data} now has {size} {getattr(config, size)}, the checkpoint in {args.out_dir} {checkpoint['config'][size]}: "
+                        f"bring back the data as it was, or train another model in another --out-dir")
+    branches, layout = family.branches(config), family.layout(config)
     masks, backward = {}, args.masking == "backward"
     if args.parallel == "ddp":                                       # no masks, no branches: everything is shared
         layout = {name: (None, None, shape) for name, (_, _, shape) in layout.items()}
@@ -384,15 +454,12 @@ def train(args, device, checkpoint):
     start = checkpoint["step"] if checkpoint else 0
     first_rank_first(lambda: claim(args.out_dir, args.resume, args.overwrite, start))
 
-    def build(subnet=None):
-        """A subnetwork, or the full model, on the meta device: shapes without memory."""
-        with torch.device("meta"):
-            return llama.Llama(config, sdp.held_counts(masks, subnet) if subnet is not None and masks else None,
-                               backward and subnet is not None)
-
-    full, modules = build(), [build(s) for s in range(args.subnets if masks else 1)]       # without masks one kind of worker
+    with torch.device("meta"):                                       # shapes without memory
+        full = Model(config)                                         # to evaluate
+        whole = Model(config, {name: neurons for name, (_, neurons, *_) in branches.items()})   # what a worker of DDP trains
+        modules = [Model(config, sdp.held_counts(masks, s), backward) for s in range(args.subnets)] if masks else [whole]
     workers = WORLD if DISTRIBUTED else args.subnets
-    say(f"{args.model} on {args.data}, {args.parallel}, {workers} workers"
+    say(f"{args.model} on {args.data}{' (synthetic)' if args.data == 'shapes' else ''}, {args.parallel}, {workers} workers"
         f"{'' if DISTRIBUTED else ' simulated in this process'}, {device.type}, {args.dtype}")
     if masks:
         rows, neurons = sdp.rows_of(masks)
@@ -403,20 +470,20 @@ def train(args, device, checkpoint):
             + f"; spectral gap {sdp.spectral_gap(rows, neurons)[0]:.2f}")
         for warning in sdp.check_masks(masks, branches):
             say(f"warning: {warning}")
-    flops, ddp_flops = describe_workers(modules, masks, layout, full, torch.zeros(args.batch_size, args.seq_len,
-                                                                               dtype=torch.long, device="meta"))
+    flops, ddp_flops = describe_workers(modules, masks, layout, whole, family.loss, dataset.batch("train", 0, 0, 1))
     steps = round(args.steps * ddp_flops / flops) if args.flop_match else args.steps
 
     # -- this process's worker, or all of them
-    value = checkpoint["model"].__getitem__ if checkpoint else sdp.fresh(layout, partial(llama.init, config), args.seed)
+    value = checkpoint["model"].__getitem__ if checkpoint else sdp.fresh(layout, partial(family.init, config), args.seed)
     if DISTRIBUTED:
         subnet = RANK % len(modules)
         module = sdp.materialize(modules[subnet], masks, layout, subnet, value, device)
         module.checkpoint_activations = args.checkpoint_activations
         sync = sdp.SubnetDataParallel(module, masks, layout, backward, reduce=args.parallel == "sdp")
         if args.compile:                                             # block by block: gradients still come one block at a time
-            for layer in module.model.layers:
-                layer.compile()
+            for path, _ in module.stages():
+                if "layer" in path:
+                    module.get_submodule(path).compile()
         if args.parallel == "ddp":     # torch's own averages the gradients (reduce=False); sync still clips, gathers and counts
             sync.module = DistributedDataParallel(module, gradient_as_bucket_view=True)
             sync.module.register_comm_hook(sync, counted_all_reduce)
@@ -424,9 +491,7 @@ def train(args, device, checkpoint):
         sync = sdp.Simulation(modules, masks, layout, value, workers, device)
     no_sync = sync.module.no_sync if DISTRIBUTED and args.parallel == "ddp" else sync.no_sync
     trained = sync.trained()
-    optimizer = torch.optim.AdamW([{"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": 0.1},
-                                   {"params": [p for p in trained.values() if p.dim() == 1], "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.95))
+    optimizer = make_optimizer(trained.values(), args.lr, images)
     for local, p in trained.items() if checkpoint else ():
         for key, example in next(iter(checkpoint["optimizer"].values())).items():
             if torch.is_tensor(example):
@@ -443,7 +508,7 @@ def train(args, device, checkpoint):
     since, done, sent = time.perf_counter(), start, sync.sent_bytes
     for step in range(start, steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args.lr)
+            group["lr"] = learning_rate(step, steps, args.lr, 0.0 if images else 0.1)
         total = 0.0
         for worker in sync.workers:                                  # one under torchrun, all of them without
             for micro in range(args.grad_accum):
@@ -451,11 +516,11 @@ def train(args, device, checkpoint):
                 last = micro == args.grad_accum - 1
                 with nullcontext() if last else no_sync():
                     with autocast:
-                        loss = llama.loss(sync.run(worker, x.to(device)), y.to(device)) / args.grad_accum
+                        loss = family.loss(sync.run(worker, x.to(device)), y.to(device)) / args.grad_accum
                     loss.backward()
                 total = total + loss.detach()
         sync.finish()                                                # gradients are averages over their holders
-        norm = sync.clip_grad_norm(1.0)
+        norm = sync.clip_grad_norm(math.inf if images else 1.0)      # image recipes do not clip; the norm is logged
         optimizer.step()
         optimizer.zero_grad()
         sync.refresh()                                               # backward masking: frozen weights, from their holders
@@ -467,22 +532,27 @@ def train(args, device, checkpoint):
             ms = (time.perf_counter() - since) * 1000 / (now - done)
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else -1
             most, peak = over_ranks([(sync.sent_bytes - sent) / (now - done), peak], dist.ReduceOp.MAX, device)
-            speed = workers * args.grad_accum * args.batch_size * args.seq_len / ms * 1000
+            speed = workers * args.grad_accum * y.numel() / ms * 1000
             line = {"step": now, "loss": mean, "lr": group["lr"], "grad_norm": float(norm), "step_ms": ms,
-                    "tokens_per_s": speed, "sent_bytes": round(most), "peak_mem_bytes": int(peak) if peak >= 0 else None}
+                    f"{dataset.unit}_per_s": speed, "sent_bytes": round(most), "peak_mem_bytes": int(peak) if peak >= 0 else None}
             left = (steps - now) * ms / 1000
-            say(f"step {now:5}/{steps}  loss {mean:.4f}  {ms:6.0f} ms/step  {speed:8.0f} tokens/s  {left / 60:5.1f} min left")
+            say(f"step {now:5}/{steps}  loss {mean:.4f}  {ms:6.0f} ms/step  {speed:8.0f} {dataset.unit}/s  {left / 60:5.1f} min left")
             if evaluates:
-                line["val_loss"] = evaluate(sync, full, dataset, autocast)
-                per = f" = {line['val_loss'] / math.log(2):.4f} bits per byte" if dataset.vocab_size == 256 else ""
-                say(f"{'':18}full model: validation loss {line['val_loss']:.4f} nats{per}")
+                statistics = estimate_statistics(sync, full, dataset, autocast)
+                line["val_loss"], accuracy = evaluate(sync, full, dataset, family.loss, autocast)
+                more = f" = {line['val_loss'] / math.log(2):.4f} bits per byte" if getattr(config, size) == 256 else ""
+                if images:
+                    line["val_acc"], more = accuracy, f", accuracy {accuracy:.2%}"
+                say(f"{'':18}full model: validation loss {line['val_loss']:.4f} nats{more}")
             if RANK == 0:
                 with open(args.out_dir / "metrics.jsonl", "a") as f:
                     f.write(json.dumps(line) + "\n")
             since, done, sent = time.perf_counter(), now, sync.sent_bytes
         if end or now % args.save_every == 0:
             paused = time.perf_counter()
-            save_checkpoint(args.out_dir, sync, optimizer, now, saved_config, masks)
+            if not evaluates:
+                statistics = estimate_statistics(sync, full, dataset, autocast)
+            save_checkpoint(args.out_dir, sync, optimizer, now, saved_config, masks, statistics)
             since += time.perf_counter() - paused                    # not a part of any step
 
 

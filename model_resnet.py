@@ -1,0 +1,213 @@
+"""
+ResNet-18 (arXiv 1512.03385) that can be built at any held size.  It knows nothing of workers or of communication.
+
+The model is a stack of residual blocks, each with one branch:
+
+    x <- relu(shortcut(x) + bn2(sum over neurons))          a neuron is one output channel of conv1, with its batch norm
+                                                            and the input channel of conv2 that reads it
+
+A block that is absent leaves x <- relu(shortcut(x)).  The shortcut is the identity, or where the shape changes a 1x1
+convolution that all subnetworks share, as they share stem and classifier.  bn2 belongs to the branch as a whole.
+
+The full model has the names and the shapes of `torchvision.models.resnet18`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class ResNetConfig:
+    """Sizes of the full model."""
+    num_classes: int = 10
+    image_size: int = 32            # height and width
+    stem: str = "cifar"             # 3x3 convolution; "imagenet": 7x7 with stride 2, and max-pooling
+    widths: tuple = (64, 128, 256, 512)     # channels of the four stages
+    blocks_per_stage: int = 2
+
+
+PRESETS = {"resnet18": ResNetConfig()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What sdp.py has to know: the branches and their neurons, and how each parameter is made of neurons
+# ---------------------------------------------------------------------------------------------------------------------
+
+def blocks(c):
+    """Module path -> (channels in, channels out, stride, side of its output), in order."""
+    side, channels, out = c.image_size if c.stem == "cifar" else c.image_size // 4, c.widths[0], {}
+    for stage, width in enumerate(c.widths):
+        for i in range(c.blocks_per_stage):
+            stride = 2 if stage and i == 0 else 1
+            side = -(-side // stride)
+            out[f"layer{stage + 1}.{i}"] = channels, width, stride, side
+            channels = width
+    return out
+
+
+def branches(c):
+    """Branch name (the block's path) -> (block, neurons, bytes, FLOPs, activations), the last three for one neuron.
+
+    Bytes are of float32 weights; FLOPs are of one image's forward and backward pass; activations are the numbers kept
+    for the backward pass, for one image: conv1's output, the ReLU's, and this neuron's share of what bn2 keeps.
+    """
+    return {path: (i, wide, 4 * (9 * (cin + wide) + 2), 6 * 9 * (cin + wide) * side ** 2, 3 * side ** 2)
+            for i, (path, (cin, wide, _, side)) in enumerate(blocks(c).items())}
+
+
+# Parameter -> the dimension its neurons lie along (neuron n owns row n, or column n)
+DIMS = {"conv1": 0, "bn1": 0, "conv2": 1, "bn2": None}
+
+
+def layout(c):
+    """Full parameter name -> (branch or None, dimension of its neurons or None, full shape), in forward order.
+
+    Branch None means shared: every subnetwork holds the parameter whole (stem, shortcuts, classifier).
+    """
+    with torch.device("meta"):                                       # shapes only, no memory
+        full = ResNet(c)
+    out = {}
+    for name, p in full.named_parameters():
+        branch, module = name.rsplit(".", 2)[0], name.split(".")[-2]
+        inside = branch in blocks(c) and module in DIMS
+        out[name] = (branch, DIMS[module], p.shape) if inside else (None, None, p.shape)
+    return out
+
+
+def init(c, name, tensor, generator):
+    """Fills one full parameter in place, by torchvision's rules."""
+    if tensor.dim() == 4:                                            # a convolution
+        nn.init.kaiming_normal_(tensor, mode="fan_out", nonlinearity="relu", generator=generator)
+    elif name.startswith("fc"):
+        bound = c.widths[-1] ** -0.5
+        tensor.uniform_(-bound, bound, generator=generator)
+    else:                                                            # batch norm
+        tensor.fill_(1.0 if name.endswith("weight") else 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model.  Shapes: B images, C channels of height and width H, n held neurons of the branch
+# ---------------------------------------------------------------------------------------------------------------------
+
+class FrozenConv(torch.autograd.Function):
+    """A convolution whose weight does not train.  torch's own would keep its input, for the weight's gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, stride, padding):
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.stride, ctx.padding = x.shape, stride, padding
+        return F.conv2d(x, weight, None, stride, padding)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, = ctx.saved_tensors
+        return torch.nn.grad.conv2d_input(ctx.shape, weight.to(grad.dtype), grad, ctx.stride, ctx.padding), None, None, None
+
+
+class Conv2d(nn.Conv2d):
+    def forward(self, x):
+        if self.weight.requires_grad:
+            return super().forward(x)
+        return FrozenConv.apply(x, self.weight, self.stride, self.padding)
+
+
+class Block(nn.Module):
+    """relu(shortcut(x) + bn2(held(x) + rest(x))).
+
+    The `held` neurons train here.  Under backward masking the block also runs all the others, frozen: the child `rest`
+    has them.
+    """
+
+    def __init__(self, cin, cout, stride, held, rest, norm):
+        super().__init__()
+        self.rest = nn.Module()
+        for part, n in (self, held), (self.rest, rest):
+            part.conv1 = Conv2d(cin, n, 3, stride, 1, bias=False) if n else None
+            part.bn1 = norm(n) if n else None
+            part.conv2 = Conv2d(n, cout, 3, 1, 1, bias=False) if n else None
+        self.bn2 = norm(cout) if held + rest else None
+        self.downsample = None
+        if stride > 1 or cin != cout:
+            self.downsample = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), norm(cout))
+
+    def forward(self, x):                                            # [B, C in, H, H]
+        total = None
+        for part in (self, self.rest):
+            if part.conv1 is not None:
+                z = part.conv1(x)                                    # [B, n, H / stride, H / stride]
+                # For the backward pass bn1 keeps z, and the ReLU its result.  For frozen neurons, of which conv2 needs
+                # nothing, that result is computed again from z instead: cheap, and half of what they would keep
+                again = part is self.rest
+                h = checkpoint(hidden, part, z, use_reentrant=False, preserve_rng_state=False) if again else hidden(part, z)
+                total = part.conv2(h) if total is None else total + part.conv2(h)      # [B, C out, H / stride, H / stride]
+        if total is None:                                            # the branch is absent here
+            return F.relu(self.downsample(x)) if self.downsample else x      # x comes from a ReLU: relu(x) = x
+        shortcut = self.downsample(x) if self.downsample else x
+        return F.relu(self.bn2(total) + shortcut, inplace=True)
+
+
+def hidden(part, z):
+    return F.relu(part.bn1(z), inplace=True)
+
+
+class ResNet(nn.Module):
+    """ResNet at any held size.
+
+    held: branch name -> number of neurons built.  None: the full model, to be evaluated, which is torchvision's.
+    backward: build the neurons that are not held as well, as frozen `rest` modules (backward masking).
+
+    Batch norm always uses its own batch's statistics in training.  Running statistics of a subnetwork would be of no use to
+    the full model, so a worker keeps none; only the full model has them (their plain mean over what it has seen).
+    """
+
+    def __init__(self, c, held=None, backward=False):
+        super().__init__()
+        self.config, self.checkpoint_activations = c, False
+        norm = partial(nn.BatchNorm2d, momentum=None, track_running_stats=held is None)
+        if c.stem == "cifar":
+            self.conv1 = nn.Conv2d(3, c.widths[0], 3, 1, 1, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(3, c.widths[0], 7, 2, 3, bias=False)
+        self.bn1 = norm(c.widths[0])
+        for path, (cin, cout, stride, _) in blocks(c).items():
+            stage, i = path.split(".")
+            if i == "0":
+                self.add_module(stage, nn.Sequential())
+            n = cout if held is None else held[path]
+            self.get_submodule(stage).append(Block(cin, cout, stride, n, cout - n if backward else 0, norm))
+        self.fc = nn.Linear(c.widths[-1], c.num_classes)
+
+    def stages(self):
+        """The model as a chain: [(module's path, function of the previous stage's output)].
+
+        Evaluation walks this chain with one stage's full weights in memory at a time.
+        """
+        def stem(x):
+            x = F.relu(self.bn1(x), inplace=True)
+            return x if self.config.stem == "cifar" else F.max_pool2d(x, 3, 2, 1)
+
+        def block(module, x):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                return checkpoint(module, x, use_reentrant=False)
+            return module(x)
+
+        return [("conv1", self.conv1), ("bn1", stem),
+                *((path, partial(block, self.get_submodule(path))) for path in blocks(self.config)),
+                ("fc", lambda x: self.fc(x.mean((2, 3))))]
+
+    def forward(self, images):
+        """images float [B, 3, H, H], normalised -> logits [B, num_classes]."""
+        x = images
+        for _, stage in self.stages():
+            x = stage(x)
+        return x
+
+
+def loss(logits, labels):
+    """Mean cross-entropy in nats per image.  logits [B, num_classes], labels int64 [B]."""
+    return F.cross_entropy(logits.float(), labels)
