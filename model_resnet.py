@@ -140,10 +140,12 @@ class Block(nn.Module):
         for part in (self, self.rest):
             if part.conv1 is not None:
                 z = part.conv1(x)                                    # [B, n, H / stride, H / stride]
-                # For the backward pass bn1 keeps z, and the ReLU its result.  For frozen neurons, of which conv2 needs
-                # nothing, that result is computed again from z instead: cheap, and half of what they would keep
-                again = part is self.rest
-                h = checkpoint(hidden, part, z, use_reentrant=False, preserve_rng_state=False) if again else hidden(part, z)
+                if part is self:
+                    h = F.relu(self.bn1(z), inplace=True)
+                else:
+                    # The backward pass needs z and h.  Of frozen neurons only z is kept, since conv2 does not ask for h, and
+                    # for the ReLU it is cheap to compute again: half of what they would keep
+                    h = checkpoint(norm_and_relu, z, part.bn1.weight, part.bn1.bias, use_reentrant=False, preserve_rng_state=False)
                 total = part.conv2(h) if total is None else total + part.conv2(h)      # [B, C out, H / stride, H / stride]
         if total is None:                                            # the branch is absent here
             return F.relu(self.downsample(x)) if self.downsample else x      # x comes from a ReLU: relu(x) = x
@@ -151,8 +153,8 @@ class Block(nn.Module):
         return F.relu(self.bn2(total) + shortcut, inplace=True)
 
 
-def hidden(part, z):
-    return F.relu(part.bn1(z), inplace=True)
+def norm_and_relu(z, weight, bias):
+    return F.relu(F.batch_norm(z, None, None, weight, bias, training=True), inplace=True)
 
 
 class ResNet(nn.Module):

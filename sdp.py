@@ -526,7 +526,7 @@ class SubnetDataParallel:
         for h, parts in shares.items():
             square += nn.utils.get_total_norm(parts).double() ** 2 / h
         dist.all_reduce(square)
-        norm = square.sqrt().float()
+        norm = square.sqrt().to(self.dtype)
         nn.utils.clip_grads_with_norm_(self.trained().values(), max_norm, norm)
         return norm
 
@@ -675,10 +675,10 @@ def _balanced_sets(cost, size, subnets, held, seed):
 
     cost [n, kinds], size [n] in neurons -> bool [n, subnets].  Simulated annealing on
 
-        largest load/mean over subnets and kinds  +  0.01 * mean square load  -  0.05 * spectral gap
+        largest load/mean over subnets and kinds  +  0.01 * mean square load  -  0.02 * spectral gap
         +  10 * (connected components - 1)
 
-    The weights say what matters: connected first, then balance, then, worth at most 5 % of balance, the gap; the mean
+    The weights say what matters: connected first, then balance, then, worth at most 2 % of balance, the gap; the mean
     square only shows the way where the largest load is flat.  No clock, no communication, and rounding before it
     compares: every rank finds the same sets.
     """
@@ -696,7 +696,7 @@ def _balanced_sets(cost, size, subnets, held, seed):
     def energy(sets):
         gap, components = spectral_gap(sets, neurons)
         load = sets.T @ weight                                       # [subnets, kinds], mean 1
-        return round(load.max() + 0.01 * (load ** 2).mean() - 0.05 * gap + 10 * (components - 1), 9)
+        return round(load.max() + 0.01 * (load ** 2).mean() - 0.02 * gap + 10 * (components - 1), 9)
 
     def start():
         """Dearest bundle first, to the `held` subnets that carry least, equal ones by chance."""
@@ -706,27 +706,31 @@ def _balanced_sets(cost, size, subnets, held, seed):
             load += sets[g][:, None] * weight[g]
         return sets
 
-    sets = min((start() for _ in range(16)), key=energy)
-    now = best = energy(sets)
-    answer, steps = sets, int(2000 * min(1, (16 / subnets) ** 2)) if held < subnets else 0
-    for step, (pick, a, b, i, j, luck) in enumerate(rng.random((steps, 6))):
-        # Bundle a gives up holder i and takes j.  a != b: b does the reverse, so nobody's number of bundles changes;
-        # a = b: j is any subnet outside.  (All sets have `held` members, so `take` is empty only when `give` is)
-        a, b = int(a * bundles), int(b * bundles)
-        if pick < 0.3:
-            b = a
-        give = np.flatnonzero(sets[a] & ~sets[b] if a != b else sets[a])
-        take = np.flatnonzero(sets[b] & ~sets[a] if a != b else ~sets[a])
-        if not len(give):
-            continue
-        i, j = give[int(i * len(give))], take[int(j * len(take))]
-        trial = sets.copy()
-        trial[a, [i, j]] = False, True
-        if a != b:
-            trial[b, [i, j]] = True, False
-        new, temperature = energy(trial), 0.03 * (1 - step / steps)
-        if new <= now or luck < math.exp((now - new) / temperature):
-            sets, now = trial, new
-        if now < best:
+    answer = best = None
+    for _ in range(4 if held < subnets else 1):                      # four times from another start: it can get stuck
+        sets = min((start() for _ in range(16)), key=energy)
+        now = energy(sets)
+        if best is None or now < best:
             answer, best = sets, now
+        steps = int(1500 * min(1, (12 / subnets) ** 2)) if held < subnets else 0
+        for step, (pick, a, b, i, j, luck) in enumerate(rng.random((steps, 6))):
+            # Bundle a gives up holder i and takes j.  a != b: b does the reverse, so nobody's number of bundles changes;
+            # a = b: j is any subnet outside.  (All sets have `held` members, so `take` is empty only when `give` is)
+            a, b = int(a * bundles), int(b * bundles)
+            if pick < 0.3:
+                b = a
+            give = np.flatnonzero(sets[a] & ~sets[b] if a != b else sets[a])
+            take = np.flatnonzero(sets[b] & ~sets[a] if a != b else ~sets[a])
+            if not len(give):
+                continue
+            i, j = give[int(i * len(give))], take[int(j * len(take))]
+            trial = sets.copy()
+            trial[a, [i, j]] = False, True
+            if a != b:
+                trial[b, [i, j]] = True, False
+            new, temperature = energy(trial), 0.015 * (1 - step / steps)
+            if new <= now or luck < math.exp((now - new) / temperature):
+                sets, now = trial, new
+            if now < best:
+                answer, best = sets, now
     return answer[bundle]

@@ -1,6 +1,7 @@
 """
-Tests of Subnetwork Data Parallelism, against oracles that share no code with it: transformers' LlamaForCausalLM with
-explicit 0/1 masks on full-size weights, torch's DistributedDataParallel, a naive all-reduce, torch's fake process group.
+Tests of Subnetwork Data Parallelism, against oracles that share no code with it: transformers' LlamaForCausalLM and
+torchvision's ResNet with explicit 0/1 masks on full-size weights, torch's DistributedDataParallel, a naive all-reduce,
+torch's fake process group.
 
     python -m pytest -q
 """
@@ -35,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import model_llama as llama
+import model_resnet as resnet
 import sdp
 import train
 
@@ -44,6 +46,8 @@ HERE = Path(__file__).parent
 # Grouped-query attention (3 KV heads, 6 query heads) and sizes that no S divides evenly
 TINY = llama.LlamaConfig(vocab_size=61, hidden_size=24, intermediate_size=21, num_hidden_layers=3, num_attention_heads=6,
                          num_key_value_heads=3, max_position_embeddings=16)
+# Eight blocks, three of them with a convolution in the shortcut, and widths that no S divides evenly
+TINY_RESNET = resnet.ResNetConfig(num_classes=5, image_size=16, widths=(6, 7, 9, 10))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,14 +98,18 @@ def run_on():
     return run
 
 
+def family(config):
+    return (resnet, resnet.ResNet) if isinstance(config, resnet.ResNetConfig) else (llama, llama.Llama)
+
+
 def masks_for(config, subnets, held, level, seed=0):
     make = sdp.block_masks if level == "block" else sdp.neuron_masks
-    return make(llama.branches(config), subnets, held, seed)
+    return make(family(config)[0].branches(config), subnets, held, seed)
 
 
 def subnetwork(config, masks, subnet, backward):
     with torch.device("meta"):
-        return llama.Llama(config, sdp.held_counts(masks, subnet), backward)
+        return family(config)[1](config, sdp.held_counts(masks, subnet), backward)
 
 
 def tokens_for(step, worker, config=TINY, batch=2, length=9):
@@ -110,13 +118,32 @@ def tokens_for(step, worker, config=TINY, batch=2, length=9):
     return x[:, :-1], x[:, 1:]
 
 
+def images_for(step, worker, config=TINY_RESNET, batch=4):
+    rng = np.random.default_rng([step, worker])
+    y = torch.from_numpy(rng.integers(config.num_classes, size=batch))
+    return torch.from_numpy(rng.normal(size=(batch, 3, 16, 16))) + y.view(-1, 1, 1, 1) / 5, y       # float64
+
+
+def batch_for(config):
+    return images_for if family(config)[0] is resnet else tokens_for
+
+
+def optimizer_for(config, params):
+    if family(config)[0] is resnet:
+        return torch.optim.SGD(params, lr=0.03, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    return torch.optim.AdamW(params, lr=3e-3, weight_decay=0.1)
+
+
 def first_value(config, seed=3):
-    return sdp.fresh(llama.layout(config), functools.partial(llama.init, config), seed)
+    """LLaMA in float32.  ResNet in float64: batch norm over few images lets rounding grow tenfold every few steps."""
+    kind = family(config)[0]
+    value = sdp.fresh(kind.layout(config), functools.partial(kind.init, config), seed)
+    return value if kind is llama else lambda name: value(name).double()
 
 
 def make_sync(config, masks, backward, simulated=None, **options):
     """The distributed sync of this rank or, with simulated=W, all W workers in one process."""
-    layout, value = llama.layout(config), first_value(config)
+    layout, value = family(config)[0].layout(config), first_value(config)
     if simulated:
         subnets = next(iter(masks.values())).shape[1]
         modules = [subnetwork(config, masks, s, backward) for s in range(subnets)]
@@ -126,10 +153,10 @@ def make_sync(config, masks, backward, simulated=None, **options):
     return sdp.SubnetDataParallel(module, masks, layout, backward, **options)
 
 
-def train_steps(config, masks, backward, simulated=None, steps=20, accum=1, batches=tokens_for, clip=0.5, **options):
+def train_steps(config, masks, backward, simulated=None, steps=20, accum=1, batches=None, clip=0.5, **options):
     """-> losses [steps, this process's workers], gradient norms [steps], the full model at the end, bytes sent"""
-    sync = make_sync(config, masks, backward, simulated, **options)
-    optimizer = torch.optim.AdamW(sync.trained().values(), lr=3e-3, weight_decay=0.1)
+    sync, loss_of = make_sync(config, masks, backward, simulated, **options), family(config)[0].loss
+    optimizer, batches = optimizer_for(config, sync.trained().values()), batches or batch_for(config)
     losses, norms = [], []
     for step in range(steps):
         losses.append([])
@@ -137,7 +164,7 @@ def train_steps(config, masks, backward, simulated=None, steps=20, accum=1, batc
             for micro in range(accum):
                 x, y = batches(step * accum + micro, worker)
                 with sync.no_sync() if micro < accum - 1 else nullcontext():
-                    loss = llama.loss(sync.run(worker, x), y)
+                    loss = loss_of(sync.run(worker, x), y)
                     (loss / accum).backward()
                 losses[-1].append(loss.item())
         sync.finish()
@@ -151,37 +178,74 @@ def train_steps(config, masks, backward, simulated=None, steps=20, accum=1, batc
     return np.array(losses), np.array(norms), full, sync.sent_bytes
 
 
-def dense_masked_model(config, masks, workers, backward, steps=20, accum=1, batches=tokens_for, clip=0.5):
-    """The oracle: transformers' LLaMA at full size; worker i sees weights times its 0/1 mask; gradients are summed over
-    workers and divided by counts.  Backward masking: all weights are seen, the masked ones without a gradient."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    model = LlamaForCausalLM(LlamaConfig(**asdict(config), attn_implementation="eager")).float()
-    value, c = first_value(config), config
-    weights = {name: nn.Parameter(value(name)) for name, _ in model.named_parameters()}
-    subnets = next(iter(masks.values())).shape[1]
-    group = c.num_attention_heads // c.num_key_value_heads
+class DenseLlama(nn.Module):
+    """transformers' LLaMA; and what a subnet holds of each of its parameters, case by case, from the names alone."""
 
-    def mask_of(name, s):
-        """1 where worker s holds the entry; written out case by case, from the names alone."""
-        full = torch.ones_like(weights[name])
+    def __init__(self, config):
+        from transformers import LlamaConfig, LlamaForCausalLM
+        super().__init__()
+        self.config, self.net = config, LlamaForCausalLM(LlamaConfig(**asdict(config), attn_implementation="eager")).float()
+
+    def forward(self, x):
+        return self.net(x).logits.transpose(1, 2)                    # [B, V, T], as cross_entropy wants it
+
+    def held(self, name, masks, s):
+        """1 where subnet s holds the entry of parameter `name`; broadcasts to its shape."""
+        c, group = self.config, self.config.num_attention_heads // self.config.num_key_value_heads
         if "layers" not in name:
-            return full
+            return torch.ones(())
         layer = name.split(".")[2]
         heads, units = masks[f"model.layers.{layer}.self_attn"][:, s], masks[f"model.layers.{layer}.mlp"][:, s]
         if "input_layernorm" in name:
-            return full * heads.any()
+            return heads.any()
         if "post_attention_layernorm" in name:
-            return full * units.any()
+            return units.any()
         if "q_proj" in name:
-            return full * heads.repeat_interleave(group * c.head_dim)[:, None]
+            return heads.repeat_interleave(group * c.head_dim)[:, None]
         if "k_proj" in name or "v_proj" in name:
-            return full * heads.repeat_interleave(c.head_dim)[:, None]
+            return heads.repeat_interleave(c.head_dim)[:, None]
         if "o_proj" in name:
-            return full * heads.repeat_interleave(group * c.head_dim)[None, :]
-        return full * (units[None, :] if "down_proj" in name else units[:, None])
+            return heads.repeat_interleave(group * c.head_dim)[None, :]
+        return units[None, :] if "down_proj" in name else units[:, None]
 
-    masked = [{name: mask_of(name, s) for name in weights} for s in range(subnets)]
-    optimizer = torch.optim.AdamW(weights.values(), lr=3e-3, weight_decay=0.1)
+
+class DenseResNet(nn.Module):
+    """The same of a ResNet made of torchvision's blocks, with batch norm by the worker's own batch."""
+
+    def __init__(self, config):
+        from torchvision.models.resnet import BasicBlock
+        super().__init__()
+        norm, planes = functools.partial(nn.BatchNorm2d, track_running_stats=False), config.widths[0]
+        net = {"conv1": nn.Conv2d(3, planes, 3, 1, 1, bias=False), "bn1": norm(planes), "relu": nn.ReLU()}
+        for i, wide in enumerate(config.widths):
+            shortcut = nn.Sequential(nn.Conv2d(planes, wide, 1, 2, bias=False), norm(wide)) if i else None
+            net[f"layer{i + 1}"] = nn.Sequential(BasicBlock(planes, wide, 2 if i else 1, shortcut, norm_layer=norm),
+                                                 BasicBlock(wide, wide, norm_layer=norm))
+            planes = wide
+        self.net = nn.ModuleDict({**net, "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "fc": nn.Linear(planes, config.num_classes)})
+
+    def forward(self, x):
+        for module in self.net.values():
+            x = module(x)
+        return x
+
+    def held(self, name, masks, s):
+        block = ".".join(name.split(".")[:2])
+        if block not in masks or "downsample" in name:
+            return torch.ones(())
+        mine = masks[block][:, s]
+        return {"conv1": mine[:, None, None, None], "bn1": mine, "conv2": mine[None, :, None, None], "bn2": mine.any()}[name.split(".")[2]]
+
+
+def dense_masked_model(config, masks, workers, backward, steps=20, accum=1, batches=None, clip=0.5):
+    """The oracle: another library's model at full size; worker i sees weights times its 0/1 mask; gradients are summed over
+    workers and divided by counts.  Backward masking: all weights are seen, the masked ones without a gradient."""
+    batches, model = batches or batch_for(config), (DenseResNet if batch_for(config) is images_for else DenseLlama)(config)
+    value = first_value(config)
+    weights = {name.removeprefix("net."): nn.Parameter(value(name.removeprefix("net."))) for name, _ in model.named_parameters()}
+    subnets = next(iter(masks.values())).shape[1]
+    masked = [{name: torch.ones_like(w) * model.held(name, masks, s) for name, w in weights.items()} for s in range(subnets)]
+    optimizer = optimizer_for(config, weights.values())
     losses, norms = [], []
     for step in range(steps):
         losses.append([])
@@ -189,9 +253,8 @@ def dense_masked_model(config, masks, workers, backward, steps=20, accum=1, batc
             m = masked[worker % subnets]
             for micro in range(accum):
                 x, y = batches(step * accum + micro, worker)
-                seen = {n: w * m[n] + (w * (1 - m[n])).detach() * backward for n, w in weights.items()}
-                logits = functional_call(model, seen, (x,)).logits
-                loss = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+                seen = {f"net.{n}": w * m[n] + (w * (1 - m[n])).detach() * backward for n, w in weights.items()}
+                loss = nn.functional.cross_entropy(functional_call(model, seen, (x,)), y)
                 (loss / accum).backward()
                 losses[-1].append(loss.item())
         for name, w in weights.items():
@@ -357,30 +420,40 @@ CASES = [  # subnets, held, workers, accumulation steps: all four combinations, 
 ]
 
 
-@pytest.mark.parametrize("case,level,masking", CASES, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)))
-def test_distributed_equals_simulated_equals_dense_masked_model(run_on, case, level, masking):
+RESNET_CASES = [
+    *[((3, 2, 3, 2), *both) for both in ALL],
+    *[(case, *both) for case in [(2, 1, 4, 1), (1, 1, 1, 1)] for both in (ALL[0], ALL[3])],
+    *[(case, *both) for case in [(4, 1, 4, 1), (8, 5, 8, 1)] for both in (ALL[1], ALL[2])],
+]
+
+
+@pytest.mark.parametrize("config,case,level,masking", [(TINY, *c) for c in CASES] + [(TINY_RESNET, *c) for c in RESNET_CASES],
+                         ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)) if isinstance(v, tuple) else
+                         family(v)[1].__name__)
+def test_distributed_equals_simulated_equals_dense_masked_model(run_on, config, case, level, masking):
     subnets, held, workers, accum = case
-    masks, backward = masks_for(TINY, subnets, held, level), masking == "backward"
-    ranks = run_on(workers, functools.partial(train_steps, accum=accum, bucket_bytes=10000), TINY, masks, backward)
+    masks, backward = masks_for(config, subnets, held, level), masking == "backward"
+    ranks = run_on(workers, functools.partial(train_steps, accum=accum, bucket_bytes=10000), config, masks, backward)
     losses = np.concatenate([r[0] for r in ranks], axis=1)
-    simulated = train_steps(TINY, masks, backward, workers, accum=accum)
-    dense = dense_masked_model(TINY, masks, workers, backward, accum=accum)
+    simulated = train_steps(config, masks, backward, workers, accum=accum)
+    dense = dense_masked_model(config, masks, workers, backward, accum=accum)
     assert dense[1].min() > 0.5                                      # clipping was at work in every step
     for other in (simulated, dense):
         np.testing.assert_allclose(losses, other[0], rtol=1e-5)
         np.testing.assert_allclose(ranks[0][1], other[1], rtol=1e-4)
         for name, w in other[2].items():
-            torch.testing.assert_close(ranks[0][2][name], w, rtol=0, atol=2e-4, msg=name)
+            torch.testing.assert_close(ranks[0][2][name], w, rtol=0, atol=2e-4 if config is TINY else 1e-6, msg=name)
     for rank in ranks:                                               # the same full model and norms, bit for bit
         assert (rank[1] == ranks[0][1]).all() and all(torch.equal(w, ranks[0][2][n]) for n, w in rank[2].items())
-    first = ranks[0][2]
-    assert max((first[n] - first_value(TINY)(n)).abs().max() for n in first) > 0.02      # and it did train
+    first, start = ranks[0][2], first_value(config)
+    assert max((first[n] - start(n)).abs().max() for n in first) > 0.02      # and it did train
 
 
-def _ddp_losses(steps):
-    """torch's DistributedDataParallel on the same model, batches and optimizer; bytes from the buckets it sends."""
-    model, value, sent = llama.Llama(TINY), first_value(TINY), [0]
-    model.load_state_dict({name: value(name) for name in llama.layout(TINY)})
+def _ddp_losses(config, steps):
+    """torch's DistributedDataParallel on another library's model, the same batches and optimizer; bytes from its buckets."""
+    model, value, sent = (DenseLlama if config is TINY else DenseResNet)(config), first_value(config), [0]
+    model.to(value(next(iter(family(config)[0].layout(config)))).dtype)
+    model.net.load_state_dict({name: value(name) for name in model.net.state_dict()})
     ddp = nn.parallel.DistributedDataParallel(model)
 
     def hook(_, bucket):
@@ -388,10 +461,10 @@ def _ddp_losses(steps):
         work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True).get_future()
         return work.then(lambda f: f.value()[0])
     ddp.register_comm_hook(None, hook)
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1), []
+    optimizer, losses = optimizer_for(config, model.parameters()), []
     for step in range(steps):
-        x, y = tokens_for(step, dist.get_rank())
-        loss = llama.loss(ddp(x), y)
+        x, y = batch_for(config)(step, dist.get_rank())
+        loss = nn.functional.cross_entropy(ddp(x), y)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
@@ -400,46 +473,51 @@ def _ddp_losses(steps):
     return losses, sent[0]
 
 
+@pytest.mark.parametrize("config", [TINY, TINY_RESNET], ids=["Llama", "ResNet"])
 @pytest.mark.parametrize("masking", ["forward", "backward"])
-def test_coverage_1_is_torch_ddp_with_the_same_bytes(run_on, masking):
-    ddp = run_on(4, _ddp_losses, 20)
+def test_coverage_1_is_torch_ddp_with_the_same_bytes(run_on, config, masking):
+    ddp = run_on(4, _ddp_losses, config, 20)
     for level in ("block", "neuron"):
-        ours = run_on(4, train_steps, TINY, masks_for(TINY, 4, 4, level), masking == "backward")
+        ours = run_on(4, train_steps, config, masks_for(config, 4, 4, level), masking == "backward")
         np.testing.assert_allclose(np.concatenate([r[0] for r in ours], 1), np.array([r[0] for r in ddp]).T, rtol=1e-5)
         assert [r[3] for r in ours] == [pytest.approx(r[1], rel=1e-12) for r in ddp]
 
 
-def same_batch(step, worker):
-    return tokens_for(step, 0)
-
-
+@pytest.mark.parametrize("config", [TINY, TINY_RESNET], ids=["Llama", "ResNet"])
 @pytest.mark.parametrize("level", ["block", "neuron"])
-def test_backward_masking_on_one_batch_is_unmasked_training_whatever_the_masks(run_on, level):
-    whole = dense_masked_model(TINY, masks_for(TINY, 1, 1, level), 1, False, batches=same_batch)
+def test_backward_masking_on_one_batch_is_unmasked_training_whatever_the_masks(run_on, config, level):
+    same = functools.partial(_same_batch, config)
+    whole = dense_masked_model(config, masks_for(config, 1, 1, level), 1, False, batches=same)
     for subnets, held in (4, 1), (4, 3), (3, 2):
-        ranks = run_on(subnets, functools.partial(train_steps, batches=same_batch), TINY, masks_for(TINY, subnets, held, level), True)
+        ranks = run_on(subnets, functools.partial(train_steps, batches=same), config, masks_for(config, subnets, held, level), True)
         for rank in ranks:
             np.testing.assert_allclose(rank[0], whole[0], rtol=1e-5)
             np.testing.assert_allclose(rank[1], whole[1], rtol=1e-4)     # the full gradient's norm, before clipping
 
 
-def odd_masks():
+def _same_batch(config, step, worker):
+    return batch_for(config)(step, 0)
+
+
+def odd_masks(config=TINY):
     """A user's own masks: unequal holders, more sets than subnets, a worker with nothing of a branch, or of any block."""
     rng = np.random.default_rng(5)
-    masks = {name: torch.from_numpy(rng.random((neurons, 4)) < 0.5) for name, (_, neurons, *_) in llama.branches(TINY).items()}
+    masks = {name: torch.from_numpy(rng.random((neurons, 4)) < 0.5)
+             for name, (_, neurons, *_) in family(config)[0].branches(config).items()}
     for mask in masks.values():
         mask[:, 3] = False                                           # worker 3 holds only what is shared
         mask[~mask.any(1), 1] = True
-    masks["model.layers.1.self_attn"][:] = torch.tensor([True, False, False, False])
+    masks[list(masks)[2]][:] = torch.tensor([True, False, False, False])
     return masks
 
 
+@pytest.mark.parametrize("config", [TINY, TINY_RESNET], ids=["Llama", "ResNet"])
 @pytest.mark.parametrize("masking", ["forward", "backward"])
-def test_masks_of_the_users_own_are_exact_too(run_on, masking):
-    masks, backward = odd_masks(), masking == "backward"
-    assert len(sdp.check_masks(masks, llama.branches(TINY))) == 3    # uneven, many groups, worker 3 apart
-    ranks = run_on(4, train_steps, TINY, masks, backward)
-    dense = dense_masked_model(TINY, masks, 4, backward)
+def test_masks_of_the_users_own_are_exact_too(run_on, config, masking):
+    masks, backward = odd_masks(config), masking == "backward"
+    assert len(sdp.check_masks(masks, family(config)[0].branches(config))) == 3      # uneven, many groups, worker 3 apart
+    ranks = run_on(4, train_steps, config, masks, backward)
+    dense = dense_masked_model(config, masks, 4, backward)
     np.testing.assert_allclose(np.concatenate([r[0] for r in ranks], 1), dense[0], rtol=1e-5)
     np.testing.assert_allclose(ranks[0][1], dense[1], rtol=1e-4)
 
