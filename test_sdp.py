@@ -10,6 +10,7 @@ import functools
 import gc
 import http.server
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 import weakref
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -42,6 +44,10 @@ import train
 
 torch.set_num_threads(1)
 HERE = Path(__file__).parent
+with warnings.catch_warnings():                                      # pytest would like to know the mark from a file of its own
+    warnings.simplefilter("ignore")
+    slow = pytest.mark.slow
+only_when_asked = pytest.mark.skipif("slow" not in sys.argv, reason="a measurement of many minutes: python -m pytest -m slow")
 
 # Grouped-query attention (3 KV heads, 6 query heads) and sizes that no S divides evenly
 TINY = llama.LlamaConfig(vocab_size=61, hidden_size=24, intermediate_size=21, num_hidden_layers=3, num_attention_heads=6,
@@ -350,6 +356,37 @@ def test_spectral_gap_of_known_masks():
     assert sdp.spectral_gap(*sdp.rows_of(sdp.block_masks(branches, 8, 3)))[0] > 0.66
 
 
+def best_balance(cost, subnets, held, restarts):
+    """Smallest largest load over the mean that a long search finds: for each pair of blocks, all pairs of holder sets."""
+    rng, sets = np.random.default_rng(0), itertools.combinations(range(subnets), held)
+    sets = np.array([[i in chosen for i in range(subnets)] for chosen in sets], float)             # [sets, subnets]
+    cost, best = cost / cost.sum(0) * subnets / held, np.inf
+    for _ in range(restarts):
+        pick, now, better = rng.integers(len(sets), size=len(cost)), np.inf, True
+        while better:
+            better = False
+            for a, b in rng.permutation(list(itertools.combinations(range(len(cost)), 2))):
+                others = sum(np.outer(sets[p], c) for i, (p, c) in enumerate(zip(pick, cost)) if i not in (a, b))
+                tops = (others + (sets[:, :, None] * cost[a])[:, None] + (sets[:, :, None] * cost[b])[None]).max((2, 3))
+                if tops.min() < now - 1e-12:
+                    now, better = tops.min(), True
+                    pick[a], pick[b] = np.unravel_index(tops.argmin(), tops.shape)
+        best = min(best, now)
+    return best
+
+
+@pytest.mark.parametrize("held", [3, 4, 5, 6])
+def test_loads_of_resnet18_are_balanced_within_5_percent_of_the_best(held):
+    branches = resnet.branches(resnet.PRESETS["resnet18"])           # 8 blocks, so 8 subnets allow each block its own set
+    best = best_balance(np.array([[n * x for x in loads] for _, n, *loads in branches.values()]), 8, held, 25)
+    for seed in range(3):
+        masks = sdp.block_masks(branches, 8, held, seed)
+        load = {name: np.outer(mask.sum(0), branches[name][2:]) for name, mask in masks.items()}
+        load = sum(load.values()) / sum(load.values()).mean(0)       # [subnets, (bytes, FLOPs, activations)]
+        assert load.max() <= 1.05 * best
+        assert sdp.loads(sdp.neuron_masks(branches, 8, held, seed), branches).max() < 1.001
+
+
 def test_masks_for_64_subnets_and_100_blocks_take_less_than_a_second():
     branches = {str(b): (b, 1, 1.0, 1.0, 1.0) for b in range(100)}
     seconds = []
@@ -631,7 +668,10 @@ class SizesCreated(TorchDispatchMode):
         return out
 
 
-def saved_bytes(module, x, y):
+BIG_RESNET = resnet.ResNetConfig(num_classes=5, image_size=16, widths=(12, 20, 28, 36))
+
+
+def saved_bytes(module, loss_of, x, y):
     """Bytes of the distinct storages autograd saves for the backward pass, weights left out."""
     weights, saved = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}
 
@@ -640,16 +680,18 @@ def saved_bytes(module, x, y):
             saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(), t
         return t
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        llama.loss(module(x), y).backward()
-    return sum(n for n, _ in saved.values())
+        loss = loss_of(module(x), y)
+    kept = sum(n for n, _ in saved.values())
+    loss.backward()
+    return kept
 
 
-def _sizes(masks, backward):
-    sync = make_sync(BIG, masks, backward)
+def _sizes(config, masks, backward):
+    sync, loss_of = make_sync(config, masks, backward), family(config)[0].loss
     optimizer = torch.optim.AdamW(sync.trained().values(), lr=1e-3)
-    x, y = tokens_for(0, 0, BIG, 2, 24)
+    x, y = batch_for(config)(0, 0, config)
     with SizesCreated() as created:
-        llama.loss(sync.run(0, x), y).backward()
+        loss_of(sync.run(0, x), y).backward()
         sync.finish()
         sync.clip_grad_norm(1.0)
         optimizer.step()
@@ -658,39 +700,45 @@ def _sizes(masks, backward):
     grads = sum(p.grad.numel() for p in sync.params.values() if p.grad is not None)
     state = sum(v.numel() for s in optimizer.state.values() for v in s.values() if v.dim())
     optimizer.zero_grad()
-    return params, grads, state, created.shapes, saved_bytes(sync.module, x, y)
+    return params, grads, state, created.shapes, saved_bytes(sync.module, loss_of, x, y)
 
 
+@pytest.mark.parametrize("config", [BIG, BIG_RESNET], ids=["Llama", "ResNet"])
 @pytest.mark.parametrize("level", ["block", "neuron"])
-def test_a_worker_has_its_subnetwork_s_size(run_on, level):
-    masks, layout = masks_for(BIG, 4, 3, level), llama.layout(BIG)
+def test_a_worker_has_its_subnetwork_s_size(run_on, config, level):
+    kind, Model = family(config)
+    masks, layout, branches = masks_for(config, 4, 3, level), kind.layout(config), kind.branches(config)
     full = sum(shape.numel() for _, _, shape in layout.values())
-    x, y = tokens_for(0, 0, BIG, 2, 24)
-    all_saved = saved_bytes(llama.Llama(BIG), x, y)
+    x, y = batch_for(config)(0, 0, config)
+
+    def saved_by(held):
+        model = Model(config, held).to(first_value(config)(next(iter(layout))).dtype)
+        for p in model.parameters():
+            nn.init.ones_(p)
+        return saved_bytes(model, kind.loss, x, y)
+    all_saved = saved_by({name: neurons for name, (_, neurons, *_) in branches.items()})
 
     def held(s):                                                     # by the masks alone
         total = 0
         for branch, dim, shape in layout.values():
             part = 1.0 if branch is None else masks[branch][:, s].float().mean() if dim is not None else masks[branch][:, s].any()
-            total += int(shape.numel() * part)
+            total += round(shape.numel() * float(part))
         return total
 
-    for s, (params, grads, state, created, saved) in enumerate(run_on(4, _sizes, masks, False)):
+    for s, (params, grads, state, created, saved) in enumerate(run_on(4, _sizes, config, masks, False)):
         assert params == grads == held(s) and state == 2 * held(s)
-        branch_shapes = {tuple(shape) for branch, dim, shape in layout.values() if dim is not None}
+        branch_shapes = {tuple(shape) for branch, dim, shape in layout.values() if dim is not None and len(shape) > 1}
         if level == "neuron":                                        # nothing of a full branch parameter's size, ever
             assert not branch_shapes & created
-        with torch.device("meta"):
-            small = llama.Llama(BIG, sdp.held_counts(masks, s))
-        small = small.to_empty(device="cpu")
-        for p in small.parameters():
-            nn.init.ones_(p)
-        assert saved == saved_bytes(small, x, y) < all_saved      # the residual stream stays whole
-    for s, (params, grads, state, created, saved) in enumerate(run_on(4, _sizes, masks, True)):
+        assert saved == saved_by(sdp.held_counts(masks, s)) < all_saved      # the residual stream stays whole
+    for s, (params, grads, state, created, saved) in enumerate(run_on(4, _sizes, config, masks, True)):
         assert params == full and grads == held(s) and state == 2 * held(s)
-        # No input is saved for a frozen weight: down_proj's, [B, T, units], is needed for nothing else
-        frozen_units = sum(int((~masks[f"model.layers.{i}.mlp"][:, s]).sum()) for i in range(4))
-        assert saved <= all_saved - frozen_units * x.numel() * 4
+        if kind is llama:     # no input is saved for a frozen weight: down_proj's, [B, T, units], is needed for nothing else
+            frozen = sum(int((~masks[f"model.layers.{i}.mlp"][:, s]).sum()) for i in range(4))
+            assert saved <= all_saved - frozen * x.numel() * 4
+        else:                 # nor for a frozen convolution: conv2's is [B, n, side, side].  held + rest may cost a sum
+            frozen = sum(int((~masks[name][:, s]).sum()) * side ** 2 for name, (_, _, _, side) in resnet.blocks(config).items())
+            assert saved <= all_saved - frozen * len(x) * 8 + 8 * 2 * 2 * sum(n for _, n, *_ in branches.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -823,6 +871,66 @@ def test_init_is_a_function_of_seed_and_name():
     assert all(torch.equal(a(n), b(n)) and not torch.equal(a(n), c(n)) for n in names)
     first, second = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
     assert not torch.equal(a(first), a(second)) and a(first).std() == pytest.approx(0.02, rel=0.2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batch norm
+# ---------------------------------------------------------------------------------------------------------------------
+
+def averaged_statistics(config, masks, weights, dataset, workers, steps):
+    """What re-estimation replaces: each subnetwork's own batch statistics, averaged over those who hold the channel."""
+    total, holders = {}, {}
+    for worker in range(workers):
+        subnet = worker % next(iter(masks.values())).shape[1]
+        with torch.device("meta"):
+            module = resnet.ResNet(config, sdp.held_counts(masks, subnet))
+        sdp.materialize(module, masks, resnet.layout(config), subnet, weights.__getitem__)
+        rows = {slot.full: slot.rows for slot in sdp.slots(module, masks, resnet.layout(config), subnet).values()}
+
+        def see(name, norm, inputs):
+            x, which = inputs[0], rows[name + ".weight"]
+            for key, value in ("running_mean", x.mean((0, 2, 3))), ("running_var", x.var((0, 2, 3))):
+                key, which = f"{name}.{key}", slice(None) if which is None else which
+                shape = weights[name + ".weight"].shape
+                total.setdefault(key, torch.zeros(shape))[which] += value
+                holders.setdefault(key, torch.zeros(shape))[which] += 1
+        for name, m in module.named_modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.register_forward_pre_hook(functools.partial(see, name))
+        with torch.no_grad():
+            for i in range(steps):
+                module(dataset.batch("train", i, worker, workers)[0])
+    return {key: value / holders[key] for key, value in total.items()}
+
+
+def accuracies(folder, dataset, workers=4):
+    """-> accuracy of the checkpoint's model with its own statistics, and with those averaged over subnetworks; all of these."""
+    saved = torch.load(folder / "ckpt.pt", weights_only=True)
+    config = resnet.ResNetConfig(**{k: saved["config"][k] for k in asdict(resnet.ResNetConfig())})
+    model = resnet.ResNet(config)
+    averaged = averaged_statistics(config, saved["masks"], saved["model"], dataset, workers, -(-1024 // (dataset.batch_size * workers)))
+    out = []
+    for statistics in ({}, averaged):
+        model.load_state_dict({**saved["model"], **statistics})
+        model.eval()
+        with torch.no_grad():
+            right = [(model(x).argmax(1) == y) for x, y in (dataset.batch("val", i, 0, 1) for i in range(dataset.val_steps(1)))]
+        out.append(torch.cat(right).float().mean().item())
+    return *out, saved["model"], averaged
+
+
+@slow
+@only_when_asked
+@pytest.mark.parametrize("level", ["block", "neuron"])
+@pytest.mark.parametrize("coverage", ["1/2", "3/4"])
+@pytest.mark.parametrize("seed", range(3))
+def test_statistics_of_the_full_model_against_averaged_ones(tmp_path, level, coverage, seed):
+    train.main(["--model", "resnet18", "--data", "shapes", "--level", level, "--coverage", coverage, "--seed", str(seed),
+                "--eval-every", "1000", "--device", "cpu", "--out-dir", str(tmp_path)])
+    estimated, averaged, *_ = accuracies(tmp_path, data.load("shapes", 16, None, seed))
+    assert estimated == pytest.approx(metrics(tmp_path, ".")[-1]["val_acc"])
+    with open(HERE / "assets" / "batch_norm.jsonl", "a") as f:
+        f.write(json.dumps({"level": level, "coverage": coverage, "seed": seed, "re-estimated": estimated, "averaged": averaged}) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

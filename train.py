@@ -42,7 +42,7 @@ DEFAULTS = {
     "llama-500m": dict(data="stdlib", steps=20000, batch_size=4, seq_len=2048, lr=4e-4, eval_every=100),
     "llama-1b": dict(data="stdlib", steps=40000, batch_size=2, seq_len=2048, lr=3e-4, eval_every=100),
     "resnet18": dict(data="cifar10", steps=78000, batch_size=32, lr=0.1, eval_every=2000),
-    "shapes": dict(steps=200, batch_size=16, lr=0.03, eval_every=100),
+    "shapes": dict(steps=150, batch_size=16, lr=0.03, eval_every=100),
 }
 
 
