@@ -248,7 +248,7 @@ def download_images(name):
         if archive.exists() and not check_integrity(archive, kind.tgz_md5):
             archive.unlink()                                         # half a download is of no use to anyone
         what = " ".join(str(getattr(e, "reason", e)).split())
-        raise UserError(f"cannot fetch {name} into {FOLDER} ({what}); --data shapes needs no network") from None
+        raise UserError(f"cannot fetch and read {name} in {FOLDER} ({what}); --data shapes needs no network") from None
 
 
 def cifar_splits(name):

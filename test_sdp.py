@@ -8,6 +8,7 @@ torch's fake process group.
 
 import functools
 import gc
+import hashlib
 import http.server
 import io
 import itertools
@@ -17,6 +18,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -1069,6 +1071,125 @@ def test_fineweb_is_fetched_broken_transfers_resumed(hub, tmp_path):
     assert data.load("fineweb", 2, 16, 0).vocab_size == 50257
 
 
+def shapes_data(batch_size=7, seed=0):
+    return data.Images("shapes", {"train": data.shapes(50, data.seeded("t")), "val": data.shapes(20, data.seeded("v"))}, batch_size, seed)
+
+
+def test_an_epoch_shows_every_image_once_whatever_the_workers(monkeypatch):
+    monkeypatch.setattr(data, "shift_and_mirror", lambda x, rng: x)
+    dataset = shapes_data()
+    images = [bytes(x.numpy()) for x in dataset.splits["train"][0]]
+    assert len(set(images)) == 50
+    for workers in (1, 2, 5):
+        steps = -(-3 * 50 // (7 * workers))                          # three epochs; batches reach over their edges
+        seen = [(step * workers + worker, (x * dataset.std + dataset.mean) * 255, y) for step in range(steps) for worker in range(workers)
+                for x, y in [dataset.batch("train", step, worker, workers)]]
+        x = torch.cat([x for _, x, _ in seen])[:150].round().to(torch.uint8)
+        order = [images.index(bytes(image.contiguous().numpy())) for image in x]
+        for epoch in range(3):
+            assert sorted(order[50 * epoch:50 * epoch + 50]) == list(range(50))
+        assert order[:50] != order[50:100]
+        labels = dataset.splits["train"][1]
+        assert torch.equal(torch.cat([y for _, _, y in seen])[:150], labels[order])
+        val = torch.cat([dataset.batch("val", i, w, workers)[1] for i in range(dataset.val_steps(workers)) for w in range(workers)])
+        assert torch.equal(val, dataset.splits["val"][1])
+
+
+def test_image_batches_are_a_pure_function_and_differ_among_steps_workers_and_seeds():
+    a, b = shapes_data(), shapes_data(seed=1)
+    x, y = a.batch("train", 3, 1, 4)
+    assert x.shape == (7, 3, 32, 32) and x.dtype == torch.float32 and y.dtype == torch.int64
+    assert torch.equal(x, shapes_data().batch("train", 3, 1, 4)[0])
+    for other in (a.batch("train", 4, 1, 4), a.batch("train", 3, 2, 4), a.batch("train", 3, 1, 8), b.batch("train", 3, 1, 4)):
+        assert not torch.equal(x, other[0])
+
+
+def test_images_are_shifted_and_mirrored():
+    """Each is one of the 9 x 9 x 2 pictures that numpy cuts out of the padded image; and all of those occur."""
+    x = torch.arange(3 * 8 * 8).view(1, 3, 8, 8).to(torch.uint8) + 1
+    padded = np.pad(x[0].numpy(), ((0, 0), (4, 4), (4, 4)))
+    cuts = {bytes(np.ascontiguousarray(p)): (i, j, k) for i in range(9) for j in range(9)
+            for k, p in enumerate((padded[:, i:i + 8, j:j + 8], padded[:, i:i + 8, j:j + 8][:, :, ::-1]))}
+    seen = {cuts[bytes(image.contiguous().numpy())] for image in data.shift_and_mirror(x.expand(3000, -1, -1, -1), data.seeded(0))}
+    assert len(seen) == 162
+
+
+def test_shapes_are_deterministic_balanced_and_beyond_a_linear_classifier():
+    (x, y), (vx, vy) = data.shapes(4000, data.seeded("a")), data.shapes(1000, data.seeded("b"))
+    again = data.shapes(4000, data.seeded("a"))
+    assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and x.dtype == torch.uint8 and x.shape == (4000, 3, 32, 32)
+    assert np.bincount(y).min() > 300
+    f, vf = (torch.cat([t.flatten(1).double() / 255, torch.ones(len(t), 1)], 1) for t in (x, vx))
+    best = 0                                                         # ridge regression, the best of several penalties
+    for penalty in (1, 10, 100, 1000):
+        w = torch.linalg.solve(f.T @ f + penalty * torch.eye(f.shape[1]), f.T @ nn.functional.one_hot(y, 10).double())
+        best = max(best, ((vf @ w).argmax(1) == vy).float().mean().item())
+    assert 0.2 < best < 0.6
+
+
+def cifar_archive(folder, name, monkeypatch, per_file=6, shape=(3, 32, 32), classes=None):
+    """An archive in the format of the real one, served from this machine; torchvision checks its (own) checksums."""
+    kind, classes = {"cifar10": data.CIFAR10, "cifar100": data.CIFAR100}[name], classes or data.IMAGES[name][0]
+    rng, key, files = np.random.default_rng(0), "labels" if name == "cifar10" else "fine_labels", {}
+    for file, _ in kind.train_list + kind.test_list:
+        rows = rng.integers(256, size=(per_file, int(np.prod(shape))), dtype=np.uint8)
+        files[file] = pickle.dumps({"data": rows, key: [int(v) for v in rng.integers(classes, size=per_file)]})
+    files[kind.meta["filename"]] = pickle.dumps({kind.meta["key"]: [f"class {i}" for i in range(data.IMAGES[name][0])]})
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for file, content in files.items():
+            info = tarfile.TarInfo(f"{kind.base_folder}/{file}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    md5 = {file: hashlib.md5(content).hexdigest() for file, content in files.items()}
+    for attribute in "train_list", "test_list":
+        monkeypatch.setattr(kind, attribute, [[file, md5[file]] for file, _ in getattr(kind, attribute)])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5[kind.meta["filename"]]})
+    monkeypatch.setattr(kind, "tgz_md5", hashlib.md5(buffer.getvalue()).hexdigest())
+    monkeypatch.setattr(kind, "url", f"{os.environ['HF_ENDPOINT']}/{kind.filename}")
+    Server.body, Server.requests = buffer.getvalue(), []
+    return files
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_is_downloaded_once_and_read_through_torchvision(hub, tmp_path, monkeypatch, name):
+    files = cifar_archive(tmp_path, name, monkeypatch)
+    data.download_images(name)
+    requests = len(Server.requests)
+    data.download_images(name)
+    assert len(Server.requests) == requests > 0
+    dataset = data.load(name, 4, None, 0)
+    first = pickle.loads(files["data_batch_1" if name == "cifar10" else "train"])
+    images, labels = dataset.splits["train"]
+    assert bytes(images[0].contiguous().numpy()) == bytes(first["data"][0])      # red, green, blue plane, row by row
+    assert labels[:6].tolist() == first["labels" if name == "cifar10" else "fine_labels"]
+    assert len(labels) == (30 if name == "cifar10" else 6) and len(dataset.splits["val"][1]) == 6
+    assert dataset.batch("train", 0, 0, 1)[0].shape == (4, 3, 32, 32) and dataset.num_classes == data.IMAGES[name][0]
+
+
+def test_bad_cifar_is_one_clear_line(hub, tmp_path, monkeypatch):
+    folder = data.FOLDER
+    cifar_archive(tmp_path, "cifar10", monkeypatch)
+    Server.body = Server.body[:1000] + b"x" + Server.body[1001:]
+    with pytest.raises(data.UserError, match="cannot fetch and read cifar10.*--data shapes needs no network"):
+        data.download_images("cifar10")
+    assert not (folder / data.CIFAR10.filename).exists()             # nothing half-written stays
+    monkeypatch.setattr(data.CIFAR10, "url", "http://127.0.0.1:9/none")                    # no network
+    with pytest.raises(data.UserError, match="cannot fetch and read cifar10.*--data shapes needs no network") as caught:
+        data.download_images("cifar10")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("odd,message", [(dict(shape=(3, 16, 16)), "wanted are 32x32 colour images"), (dict(per_file=0), "wanted are"),
+                                         (dict(classes=57), "labels of cifar10 go from"), (dict(shape=(3, 30, 30)), "cannot reshape")])
+def test_cifar_with_wrong_images_or_labels_is_refused(hub, tmp_path, monkeypatch, odd, message):
+    cifar_archive(tmp_path, "cifar10", monkeypatch, **{"per_file": 16, **odd})
+    with pytest.raises(data.UserError, match=message) as caught:
+        data.download_images("cifar10")
+        data.load("cifar10", 4, None, 0)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("body,message", [(b"<html>" * 500, "header"), (None, "bytes")])
 def test_fineweb_wrong_header_and_short_file_are_refused(hub, tmp_path, body, message):
     hub.body = body or hub.body[:-200]
@@ -1104,12 +1225,39 @@ def metrics(folder, out="out"):
     return [json.loads(line) for line in (folder / out / "metrics.jsonl").read_text().splitlines()]
 
 
-def torchrun(ranks, arguments, code=0, timeout=120):
+def torchrun(ranks, arguments, code=0, timeout=120, script="train.py"):
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-                          "train.py", *arguments], cwd=HERE, capture_output=True, text=True, timeout=timeout,
+                          script, *arguments], cwd=HERE, capture_output=True, text=True, timeout=timeout,
                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert (run.returncode == 0) == (code == 0), run.stdout + run.stderr
     return run.stdout, run.stderr
+
+
+SMALL_IMAGES = """
+import data, model_resnet as resnet, train
+real_shapes = data.shapes
+data.shapes = lambda count, rng: real_shapes(count // 40, rng)       # 250 images to train on, 50 to validate
+train.STATISTICS_IMAGES = 32
+resnet.PRESETS["resnet18"] = resnet.ResNetConfig(widths=(6, 7, 9, 10))
+"""
+
+
+@pytest.fixture
+def small_images(monkeypatch):
+    """A narrow ResNet and few images, here and (the fixture's value) as a script for torchrun."""
+    monkeypatch.setattr(data, "shapes", data.shapes)                 # all three are put back after the test
+    monkeypatch.setattr(train, "STATISTICS_IMAGES", 0)
+    monkeypatch.setitem(resnet.PRESETS, "resnet18", None)
+    exec(SMALL_IMAGES, {})
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "small.py"
+        script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{SMALL_IMAGES}\ntrain.main(sys.argv[1:])")
+        yield str(script)
+
+
+def image_flags(folder, *more, out="out", steps=6):
+    return ["--model", "resnet18", "--data", "shapes", "--batch-size", "4", "--steps", str(steps), "--save-every", "3",
+            "--eval-every", "4", "--log-every", "1", "--out-dir", str(folder / out), "--device", "cpu", *map(str, more)]
 
 
 def test_checkpoint_is_an_ordinary_llama(tmp_path, capsys):
@@ -1154,6 +1302,76 @@ def test_torchrun_equals_plain_python_and_writes_the_contract_s_metrics(tmp_path
     assert all(torch.equal(m, masks[1][b]) for b, m in masks[0].items())
 
 
+@pytest.mark.parametrize("level,masking", ALL)
+def test_resnet_by_torchrun_equals_plain_python(tmp_path, small_images, capsys, level, masking):
+    more = ["--level", level, "--masking", masking, "--coverage", "1/2"]
+    torchrun(2, image_flags(tmp_path, *more, *(["--checkpoint-activations"] if level == "block" else []), out="many"), script=small_images)
+    train.main(image_flags(tmp_path, *more, "--subnets", 2, out="one"))
+    assert "resnet18 on shapes (synthetic)" in capsys.readouterr().out
+    many, one = metrics(tmp_path, "many"), metrics(tmp_path, "one")
+    for a, b in zip(many, one, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["images_per_s"] > 0
+    assert many[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
+    assert [m["step"] for m in many if "val_acc" in m] == [4, 6] and {"val_loss", "val_acc"} <= many[-1].keys()
+    many, one = (torch.load(tmp_path / out / "ckpt.pt", weights_only=True)["model"] for out in ("many", "one"))
+    assert many.keys() == one.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(many[name], value, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_checkpoint_is_torchvision_s_resnet18(tmp_path, small_images, stem):
+    """torchvision loads it and gives the same logits and the same validation loss; its batch norm statistics are those of
+    torch's own update_bn over the same batches."""
+    from torchvision.models import resnet18
+    resnet.PRESETS["resnet18"] = resnet.ResNetConfig(stem=stem)
+    train.main(image_flags(tmp_path, "--level", "neuron", "--subnets", 2, "--coverage", "1/2", steps=2))
+    saved = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    ours, theirs = resnet.ResNet(resnet.PRESETS["resnet18"]), resnet18(num_classes=10)
+    if stem == "cifar":
+        theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    for model in (ours, theirs):
+        model.load_state_dict(saved["model"])
+        model.eval()
+    x = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+    dataset = data.load("shapes", 4, None, 0)
+    with torch.no_grad():
+        val = [(theirs(x), y) for x, y in (dataset.batch("val", i, 0, 1) for i in range(dataset.val_steps(1)))]
+    outputs, y = torch.cat([o for o, _ in val]), torch.cat([y for _, y in val])
+    last = metrics(tmp_path)[-1]
+    assert last["val_loss"] == pytest.approx(nn.functional.cross_entropy(outputs, y).item(), rel=1e-4)
+    assert last["val_acc"] == pytest.approx((outputs.argmax(1) == y).float().mean().item())
+    torch.optim.swa_utils.update_bn([dataset.batch("train", i, w, 2)[0] for i in range(4) for w in range(2)], theirs)
+    for name, b in theirs.named_buffers():
+        torch.testing.assert_close(saved["model"][name], b, rtol=1e-4, atol=1e-5)
+    state = saved["optimizer"]["layer1.0.conv1.weight"]
+    assert state["momentum_buffer"].shape == (64, 64, 3, 3) and state["step"] == 2
+
+
+def test_resnet18_has_the_known_sizes_and_torchvision_s_names():
+    from torchvision.models import resnet18
+    count = {}
+    for stem, classes in ("cifar", 10), ("imagenet", 1000):
+        config = resnet.ResNetConfig(num_classes=classes, stem=stem)
+        count[stem] = sum(shape.numel() for _, _, shape in resnet.layout(config).values())
+    assert count == {"cifar": 11_173_962, "imagenet": 11_689_512}
+    theirs = {name: p.shape for name, p in resnet18().named_parameters()}
+    assert [(name, shape) for name, (_, _, shape) in resnet.layout(config).items()] == list(theirs.items())
+
+
+def test_averaged_statistics_are_right_only_where_every_worker_has_the_full_model(tmp_path, small_images):
+    """At coverage 1 they are the re-estimated ones, which checks both; otherwise they are far from them."""
+    dataset, far = data.load("shapes", 4, None, 0), {}
+    for coverage in "1", "1/2":
+        train.main(image_flags(tmp_path, "--coverage", coverage, "--overwrite"))
+        dataset.seed, steps = 0, 2                                   # 32 images, as small_images says
+        saved = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+        averaged = averaged_statistics(resnet.PRESETS["resnet18"], saved["masks"], saved["model"], dataset, 4, steps)
+        far[coverage] = max(float(((saved["model"][name] - a) / a).abs().max()) for name, a in averaged.items() if "var" in name)
+    assert far["1"] < 1e-4 and far["1/2"] > 0.1
+
+
 @pytest.mark.parametrize("ranks,more", [(2, ["--masking", "backward"]), (1, []), (2, ["--parallel", "ddp"])])
 def test_resume_gives_the_uninterrupted_run_bit_for_bit(tmp_path, ranks, more):
     def go(out, *extra):
@@ -1181,6 +1399,20 @@ def test_checkpoint_resumes_under_any_other_layout(tmp_path):
     saved = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
     assert all(s["step"] == 9 for s in saved["optimizer"].values()) and saved["config"]["subnets"] == 3
     assert metrics(tmp_path)[-1]["val_loss"] < metrics(tmp_path)[2]["val_loss"]
+
+
+def test_resnet_resumes_bit_for_bit_and_under_any_other_layout(tmp_path, small_images):
+    train.main(image_flags(tmp_path, "--level", "neuron", out="whole"))
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "ckpt.pt").write_bytes((tmp_path / "whole" / "ckpt.prev.pt").read_bytes())        # step 3
+    train.main(image_flags(tmp_path, "--level", "neuron", "--resume", out="cut"))
+    a, b = (torch.load(tmp_path / out / "ckpt.pt", weights_only=True) for out in ("whole", "cut"))
+    assert all(torch.equal(w, b["model"][n]) for n, w in a["model"].items())
+    assert all(torch.equal(s["momentum_buffer"], b["optimizer"][n]["momentum_buffer"]) for n, s in a["optimizer"].items())
+    for steps, more in (9, ["--parallel", "ddp"]), (12, ["--masking", "backward", "--level", "neuron", "--subnets", 3, "--coverage", "1/3"]):
+        train.main(image_flags(tmp_path, "--resume", *more, steps=steps, out="cut"))
+    assert [m["step"] for m in metrics(tmp_path, "cut")] == list(range(4, 13))
+    assert all(s["step"] == 12 for s in torch.load(tmp_path / "cut" / "ckpt.pt", weights_only=True)["optimizer"].values())
 
 
 def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
@@ -1265,6 +1497,9 @@ BAD = [
     (["--checkpoint-activations"], "--checkpoint-activations needs real workers"),
     (["--frobnicate"], "unrecognized arguments"),
     (["--masking", "sideways"], "invalid choice"),
+    (["--model", "resnet18"], "resnet18 reads images: --data can be cifar10, cifar100, shapes, not /"),
+    (["--data", "cifar10"], "--data cifar10 holds images, and llama-tiny reads text: use --model resnet18"),
+    (["--data", "shapes", "--model", "resnet18"], "--seq-len is for text, and resnet18 reads images"),
 ]
 
 

@@ -42,8 +42,9 @@ DEFAULTS = {
     "llama-500m": dict(data="stdlib", steps=20000, batch_size=4, seq_len=2048, lr=4e-4, eval_every=100),
     "llama-1b": dict(data="stdlib", steps=40000, batch_size=2, seq_len=2048, lr=3e-4, eval_every=100),
     "resnet18": dict(data="cifar10", steps=78000, batch_size=32, lr=0.1, eval_every=2000),
-    "shapes": dict(steps=150, batch_size=16, lr=0.03, eval_every=100),
+    "shapes": dict(steps=150, batch_size=16, lr=0.03, eval_every=50),
 }
+STATISTICS_IMAGES = 1024                                             # training images that batch norm's statistics come from
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ def full_model(sync, full, dataset, split, steps):
 
 
 @torch.no_grad()
-def estimate_statistics(sync, full, dataset, autocast, images=1024):
+def estimate_statistics(sync, full, dataset, autocast):
     """Mean and variance of every batch norm's inputs in the full model, over fixed training batches; puts them into `full`.
 
     The statistics of the subnetworks are not those of the full model, so training keeps none.  These are the plain means
@@ -288,7 +289,7 @@ def estimate_statistics(sync, full, dataset, autocast, images=1024):
     if norms:
         full.train()
         with autocast:
-            for _ in full_model(sync, full, dataset, "train", -(-images // (dataset.batch_size * sync.size))):
+            for _ in full_model(sync, full, dataset, "train", -(-STATISTICS_IMAGES // (dataset.batch_size * sync.size))):
                 pass
         full.eval()
         if DISTRIBUTED:
