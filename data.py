@@ -74,8 +74,31 @@ def write_bin(path, tokens, vocab_size):
     os.replace(part, path)
 
 
+class Shard:
+    """Tokens `start` to `stop` of a .bin file, read when asked for: shard[i:j] -> uint16 array.
+
+    Not mapped into memory: a mapped file that shrinks under a running job kills it without a word.
+    """
+
+    def __init__(self, path, start, stop):
+        self.path, self.start, self.stop = path, start, stop
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __getitem__(self, part):
+        first, last, _ = part.indices(len(self))
+        try:
+            tokens = np.fromfile(self.path, np.uint16, last - first, offset=HEADER + 2 * (self.start + first))
+        except OSError as e:
+            raise UserError(f"cannot read {self.path}: {e.strerror}") from None
+        if len(tokens) < last - first:
+            raise UserError(f"{self.path} became shorter while it was in use: bring it back and go on with --resume")
+        return tokens
+
+
 def read_bin(path):
-    """-> (tokens uint16, mapped not read; vocabulary size).  Raises UserError for anything but a whole, valid shard."""
+    """-> (Shard of all its tokens, vocabulary size).  Raises UserError for anything but a whole, valid shard."""
     try:
         size = os.path.getsize(path)
         header = np.fromfile(path, np.int32, 256) if size >= HEADER else np.zeros(256, np.int32)
@@ -86,9 +109,10 @@ def read_bin(path):
         raise UserError(f"{path} is not a token shard: its header should begin {MAGIC}, {VERSION}; make one with data.py text")
     if size != HEADER + 2 * count:
         raise UserError(f"{path} should have {HEADER + 2 * count} bytes ({count} tokens) but has {size}: fetch or write it again")
-    tokens, vocab = np.memmap(path, np.uint16, "r", HEADER, (count,)) if count else np.zeros(0, np.uint16), vocab or 50257
-    if count and int(tokens.max()) >= vocab:
-        raise UserError(f"{path} has token {tokens.max()}, but its vocabulary is {vocab}: tokenise it again")
+    tokens, vocab = Shard(path, 0, count), vocab or 50257
+    largest = max((int(tokens[i:i + 2**24].max()) for i in range(0, count, 2**24)), default=0)
+    if largest >= vocab:
+        raise UserError(f"{path} has token {largest}, but its vocabulary is {vocab}: tokenise it again")
     return tokens, vocab
 
 
@@ -166,9 +190,8 @@ def load_text(name, batch_size, seq_len, seed):
         raise UserError(f"the shards of {name} have different vocabularies: {sorted(vocab_sizes)}")
     splits = {split: [tokens for tokens, _ in shards[split]] for split in shards}
     if not splits["val"]:                                            # no validation file: the last tenth
-        tokens, = splits["train"]
-        edge = len(tokens) * 9 // 10
-        splits = {"train": [tokens[:edge]], "val": [tokens[edge:]]}
+        edge = len(splits["train"][0]) * 9 // 10
+        splits = {"train": [Shard(name, 0, edge)], "val": [Shard(name, edge, len(splits["train"][0]))]}
     return Tokens(splits, vocab_sizes.pop(), batch_size, seq_len, seed)
 
 

@@ -351,11 +351,11 @@ class SubnetDataParallel:
     module: the subnetwork (rank mod S), its weights equal to the other holders' (see `materialize`).  masks and layout as
     above; masks {} is plain data parallelism.  backward: the masking is backward masking.  All of them the same on every
     rank.  bucket_bytes: gradients are sent in buckets of about this size.  reduce False: leave gradients alone (somebody
-    else averages them).  The loss must be the mean over this worker's batch.  Any elementwise optimizer works (SGD, Adam),
+    else averages them).  timeout: of the process groups, a timedelta.  The loss must be the mean over this worker's batch.  Any elementwise optimizer works (SGD, Adam),
     over `self.trained()`.
     """
 
-    def __init__(self, module, masks, layout, backward=False, bucket_bytes=25 * 2**20, reduce=True):
+    def __init__(self, module, masks, layout, backward=False, bucket_bytes=25 * 2**20, reduce=True, timeout=None):
         self.module, self.layout, self.masks = module, layout, masks
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.subnets = next(iter(masks.values())).shape[1] if masks else 1
@@ -370,7 +370,7 @@ class SubnetDataParallel:
         if any(p.dtype != self.dtype for p in self.params.values()):
             raise ValueError("all parameters must have one dtype, since they share buckets")
         self.sent_bytes = 0                                          # by this worker, so far
-        self._plan(bucket_bytes, backward)
+        self._plan(bucket_bytes, backward, timeout)
         # NCCL: collectives are issued inside one side stream, so that those of overlapping groups keep their order
         nccl = self.device.type == "cuda" and "nccl" in dist.get_backend_config()
         self._stream = torch.cuda.Stream(self.device) if nccl else None
@@ -394,7 +394,7 @@ class SubnetDataParallel:
     def _count(self, subnets):                                       # |H_j|
         return len(subnets) * self.size // self.subnets
 
-    def _plan(self, bucket_bytes, backward):
+    def _plan(self, bucket_bytes, backward, timeout):
         """Buckets and process groups.  Every rank makes the same ones in the same order, from masks and layout alone."""
         everyone = tuple(range(self.subnets))
         sets, which = holder_sets(self.masks)
@@ -435,7 +435,7 @@ class SubnetDataParallel:
         self._groups, others = {everyone: dist.group.WORLD}, {everyone: dist.group.WORLD}
         for s in sets:
             if s != everyone and self._count(s) > 1:
-                self._groups[s] = dist.new_group(self._workers_of(s))
+                self._groups[s] = dist.new_group(self._workers_of(s), timeout=timeout)
         self._refreshes = []                                         # (root, group, pieces) this worker takes part in
         for group, pieces in self.buckets if backward else ():
             # One set of holders, but in buckets of the whole world, where those of norms without a group differ
@@ -444,7 +444,7 @@ class SubnetDataParallel:
                 root = holders[sets.index(group) % len(holders)] if group in sets else holders[0]      # roots rotate
                 members = sorted({root} | set(range(self.size)) - set(holders))
                 if group not in others:
-                    others[group] = dist.new_group(members)
+                    others[group] = dist.new_group(members, timeout=timeout)
                 if group == everyone or self.rank in members:
                     self._refreshes.append((root, others[group], [p for p in pieces if p.holders == who]))
 

@@ -8,9 +8,11 @@ Trains a LLaMA or a ResNet-18 with Subnetwork Data Parallelism.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 import zipfile
@@ -42,7 +44,7 @@ DEFAULTS = {
     "llama-500m": dict(data="stdlib", steps=20000, batch_size=4, seq_len=2048, lr=4e-4, eval_every=100),
     "llama-1b": dict(data="stdlib", steps=40000, batch_size=2, seq_len=2048, lr=3e-4, eval_every=100),
     "resnet18": dict(data="cifar10", steps=78000, batch_size=32, lr=0.1, eval_every=2000),
-    "shapes": dict(steps=150, batch_size=16, lr=0.03, eval_every=50),
+    "shapes": dict(steps=300, batch_size=16, lr=0.03, eval_every=100),
 }
 STATISTICS_IMAGES = 1024                                             # training images that batch norm's statistics come from
 
@@ -85,6 +87,7 @@ def parse(argv):
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out-dir, if there is one")
     p.add_argument("--overwrite", action="store_true", help="delete the run in --out-dir first")
     p.add_argument("--device", help="cpu or cuda [cuda where there is one]")
+    p.add_argument("--timeout", type=positive, default=600, help="seconds to wait for a worker that does not answer [%(default)s]")
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the matrix products; weights are fp32 [%(default)s]")
     p.add_argument("--compile", action="store_true", help="torch.compile, block by block")
     p.add_argument("--checkpoint-activations", action="store_true", help="recompute each block in the backward pass")
@@ -116,12 +119,26 @@ DISTRIBUTED = "RANK" in os.environ                                   # started b
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+PHASE = "start-up"                                                   # what to name when the other workers are lost
+STOP = False                                                         # SIGTERM has come: somebody wants this machine back
+
+
 def say(*words):
     if RANK == 0:
         print(*words, flush=True)
 
 
-def start_processes(wanted):
+def phase(name):
+    global PHASE
+    PHASE = name
+
+
+def stop(*_):
+    global STOP
+    STOP = True
+
+
+def start_processes(wanted, timeout):
     """Joins the other ranks; returns this rank's device.  NCCL where each rank has a GPU of its own, otherwise gloo."""
     try:
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -140,8 +157,24 @@ def start_processes(wanted):
             raise UserError(f"--device {wanted}: this machine has CUDA devices 0 to {gpus - 1}")
         torch.cuda.set_device(device.index or 0)
     if DISTRIBUTED:
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     return device
+
+
+def digest(*tensors):
+    return hashlib.sha256(b"".join(t.cpu().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+def agree(mine):
+    """Refuses to start unless all ranks have the same {name: value}."""
+    ranks = [mine] * WORLD
+    if DISTRIBUTED:
+        dist.all_gather_object(ranks, mine)
+    for rank, its in enumerate(ranks):
+        for name, value in its.items():
+            if value != ranks[0][name]:
+                raise UserError(f"rank {rank} has {name} {value}, but rank 0 has {ranks[0][name]}: start all ranks with the same "
+                                f"command, code and data")
 
 
 def first_rank_first(work):
@@ -181,22 +214,40 @@ def save_checkpoint(out_dir, sync, optimizer, step, config, masks, statistics):
 
     trained = sync.trained()
     states = {local: optimizer.state[p] for local, p in trained.items()}
-    keys = [k for k, v in next(iter(states.values())).items() if torch.is_tensor(v) and v.dim()]
+    first = next(iter(states.values()))
+    keys = [k for k, v in first.items() if torch.is_tensor(v) and v.dim()]
+    updates = int(first.get("step", step))                           # fewer than `step` if some were skipped
     state = {key: gather({local: s[key] for local, s in states.items()}) for key in keys}
     model = gather(trained)
-    if RANK == 0:
-        state = {name: {**{key: state[key][name] for key in keys}, "step": step} for name in model}
+
+    def write():
+        optimizer_state = {name: {**{key: state[key][name] for key in keys}, "step": updates} for name in model}
         model.update({name: b.cpu() for name, b in statistics.items()})
+        if not all(t.isfinite().all() for tensors in (model, *state.values()) for t in tensors.values()):
+            raise UserError(f"after step {step} the weights are not finite any more, and were not saved: try a smaller --lr")
         part, path = out_dir / "ckpt.pt.part", out_dir / "ckpt.pt"
-        with open(part, "wb") as f:
-            torch.save({"model": model, "optimizer": state, "step": step, "config": config, "masks": masks}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        if zipfile.ZipFile(part).testzip():
-            raise OSError(f"{part} was not written correctly")
-        if path.exists():
-            os.replace(path, out_dir / "ckpt.prev.pt")
-        os.replace(part, path)
+        try:
+            with open(part, "wb") as f:
+                torch.save({"model": model, "optimizer": optimizer_state, "step": step, "config": config, "masks": masks}, f)
+                f.flush()
+                os.fsync(f.fileno())
+            if zipfile.ZipFile(part).testzip():
+                raise OSError("it does not read back as it was written")
+            if path.exists():
+                os.replace(path, out_dir / "ckpt.prev.pt")
+            os.replace(part, path)
+        except (OSError, RuntimeError, zipfile.BadZipFile) as e:     # torch's writer raises RuntimeError on a full disk
+            part.unlink(missing_ok=True)
+            raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}); make room and go on with --resume") from None
+    first_rank_first(write)
+
+
+def log(path, line):
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(line) + "\n")
+    except OSError as e:
+        raise UserError(f"cannot write {path} ({e.strerror}); make room and go on with --resume") from None
 
 
 def find_checkpoint(out_dir):
@@ -407,7 +458,9 @@ def main(argv=None):
     args = parse(argv)
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite contradict each other; give one of them")
-    device = start_processes(args.device)
+    device = start_processes(args.device, args.timeout)
+    code = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+    agree({**{f"--{flag.replace('_', '-')}": value for flag, value in vars(args).items()}, "code": code, "torch": torch.__version__})
     path = first_rank_first(lambda: find_checkpoint(args.out_dir)) if args.resume else None
     checkpoint = load_checkpoint(path) if path else None
     if args.sample is not None:
@@ -415,9 +468,13 @@ def main(argv=None):
             raise UserError(f"--sample needs --resume and a checkpoint in --out-dir {args.out_dir}")
         return say(sample(checkpoint, args.sample, device))
 
-    train(args, device, checkpoint)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        finished = train(args, device, checkpoint)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     del checkpoint
-    if RANK == 0 and args.model != "resnet18":                       # the workers' memory is free again
+    if RANK == 0 and finished and args.model != "resnet18":                       # the workers' memory is free again
         say(f"\nA sample of the full model in {args.out_dir / 'ckpt.pt'}:\n")
         try:
             say(sample(load_checkpoint(args.out_dir / "ckpt.pt"), "def " if args.data == "stdlib" else "\n", device))
@@ -429,7 +486,7 @@ def main(argv=None):
 
 
 def train(args, device, checkpoint):
-    """The whole run: prepare, loop, evaluate, save."""
+    """The whole run: prepare, loop, evaluate, save.  Returns False if it was told to stop on the way."""
     # -- data, model, and masks: which of the S subnetworks holds which neuron
     held = settle(args, checkpoint)
     images = args.data in data.IMAGES
@@ -452,6 +509,8 @@ def train(args, device, checkpoint):
         else:
             make = sdp.block_masks if args.level == "block" else sdp.neuron_masks
             masks = make(branches, args.subnets, held, args.seed)
+    x, y = dataset.batch("train", 0, 0, 1)
+    agree({"data": digest(x, y, *dataset.batch("val", 0, 0, 1)), "masks": digest(*masks.values())})
     start = checkpoint["step"] if checkpoint else 0
     first_rank_first(lambda: claim(args.out_dir, args.resume, args.overwrite, start))
 
@@ -471,7 +530,7 @@ def train(args, device, checkpoint):
             + f"; spectral gap {sdp.spectral_gap(rows, neurons)[0]:.2f}")
         for warning in sdp.check_masks(masks, branches):
             say(f"warning: {warning}")
-    flops, ddp_flops = describe_workers(modules, masks, layout, whole, family.loss, dataset.batch("train", 0, 0, 1))
+    flops, ddp_flops = describe_workers(modules, masks, layout, whole, family.loss, (x, y))
     steps = round(args.steps * ddp_flops / flops) if args.flop_match else args.steps
 
     # -- this process's worker, or all of them
@@ -480,7 +539,7 @@ def train(args, device, checkpoint):
         subnet = RANK % len(modules)
         module = sdp.materialize(modules[subnet], masks, layout, subnet, value, device)
         module.checkpoint_activations = args.checkpoint_activations
-        sync = sdp.SubnetDataParallel(module, masks, layout, backward, reduce=args.parallel == "sdp")
+        sync = sdp.SubnetDataParallel(module, masks, layout, backward, reduce=args.parallel == "sdp", timeout=timedelta(seconds=args.timeout))
         if args.compile:                                             # block by block: gradients still come one block at a time
             for path, _ in module.stages():
                 if "layer" in path:
@@ -507,7 +566,9 @@ def train(args, device, checkpoint):
     # -- the loop
     saved_config = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, **asdict(config)}
     since, done, sent = time.perf_counter(), start, sync.sent_bytes
+    skipped = in_a_row = 0                                           # updates that were not finite
     for step in range(start, steps):
+        phase(f"step {step + 1}")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr, 0.0 if images else 0.1)
         total = 0.0
@@ -522,39 +583,50 @@ def train(args, device, checkpoint):
                 total = total + loss.detach()
         sync.finish()                                                # gradients are averages over their holders
         norm = sync.clip_grad_norm(math.inf if images else 1.0)      # image recipes do not clip; the norm is logged
-        optimizer.step()
+        mean, stops = over_ranks([float(total) / workers, STOP], dist.ReduceOp.SUM, device)
+        if math.isfinite(mean) and math.isfinite(norm):              # both numbers, and so the decision, are everybody's
+            optimizer.step()
+            in_a_row = 0
+        else:
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            if in_a_row == 10:
+                raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {step + 1}: go on from the "
+                                f"last checkpoint with --resume and a smaller --lr")
         optimizer.zero_grad()
         sync.refresh()                                               # backward masking: frozen weights, from their holders
 
         now, end = step + 1, step + 1 == steps
         evaluates = end or now % args.eval_every == 0
         if evaluates or now % args.log_every == 0:
-            mean = over_ranks([float(total)], dist.ReduceOp.SUM, device)[0] / workers
             ms = (time.perf_counter() - since) * 1000 / (now - done)
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else -1
             most, peak = over_ranks([(sync.sent_bytes - sent) / (now - done), peak], dist.ReduceOp.MAX, device)
             speed = workers * args.grad_accum * y.numel() / ms * 1000
             line = {"step": now, "loss": mean, "lr": group["lr"], "grad_norm": float(norm), "step_ms": ms,
-                    f"{dataset.unit}_per_s": speed, "sent_bytes": round(most), "peak_mem_bytes": int(peak) if peak >= 0 else None}
+                    f"{dataset.unit}_per_s": speed, "sent_bytes": round(most), "peak_mem_bytes": int(peak) if peak >= 0 else None, "skipped": skipped}
             left = (steps - now) * ms / 1000
             say(f"step {now:5}/{steps}  loss {mean:.4f}  {ms:6.0f} ms/step  {speed:8.0f} {dataset.unit}/s  {left / 60:5.1f} min left")
             if evaluates:
+                phase(f"the evaluation after step {now}")
                 statistics = estimate_statistics(sync, full, dataset, autocast)
                 line["val_loss"], accuracy = evaluate(sync, full, dataset, family.loss, autocast)
                 more = f" = {line['val_loss'] / math.log(2):.4f} bits per byte" if getattr(config, size) == 256 else ""
                 if images:
                     line["val_acc"], more = accuracy, f", accuracy {accuracy:.2%}"
                 say(f"{'':18}full model: validation loss {line['val_loss']:.4f} nats{more}")
-            if RANK == 0:
-                with open(args.out_dir / "metrics.jsonl", "a") as f:
-                    f.write(json.dumps(line) + "\n")
+            first_rank_first(lambda: log(args.out_dir / "metrics.jsonl", line))
             since, done, sent = time.perf_counter(), now, sync.sent_bytes
-        if end or now % args.save_every == 0:
+        if end or stops or now % args.save_every == 0:
+            phase(f"the checkpoint after step {now}")
             paused = time.perf_counter()
             if not evaluates:
                 statistics = estimate_statistics(sync, full, dataset, autocast)
             save_checkpoint(args.out_dir, sync, optimizer, now, saved_config, masks, statistics)
             since += time.perf_counter() - paused                    # not a part of any step
+        if stops and not end:
+            say(f"told to stop (SIGTERM): saved after step {now}; the same command with --resume goes on from there")
+            return False
+    return True
 
 
 def counted_all_reduce(sync, bucket):
@@ -567,8 +639,12 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as e:
-        if RANK == 0:
-            print(f"error: {e}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(10)                                           # rank 0 says it; torchrun then ends this rank
+        if RANK > 0:                                                 # rank 0 says it, and torchrun then ends this rank
+            time.sleep(10)
+        print("error: " + (f"rank {RANK}: " if RANK else "") + str(e), file=sys.stderr, flush=True)
         sys.exit(2)
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            raise
+        print(f"error: rank {RANK} waited for the other workers in {PHASE}, but lost them: {str(e).splitlines()[0]}", file=sys.stderr, flush=True)
+        os._exit(1)                                                  # at once: the threads of dead connections would wait
