@@ -13,9 +13,11 @@ import http.server
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tarfile
@@ -1474,42 +1476,109 @@ BAD = [
     (["--coverage", "0.7", "--subnets", "4"], r"--coverage 0.7 is not a multiple of 1/4.*2/4 and 3/4"),
     (["--coverage", "0"], "more than 0 and at most 1"),
     (["--coverage", "9/8"], "more than 0 and at most 1"),
+    (["--coverage=-1/2"], "more than 0 and at most 1"),
+    (["--coverage", "1e9"], "more than 0 and at most 1"),
     (["--coverage", "1/0"], "neither a number nor a fraction"),
-    (["--coverage", "0.0002"], "not a multiple of 1/4.*nearest are 1/4"),
-    (["--seed", "-1"], "--seed: must be at least 0"),
+    (["--coverage", "nan"], "neither a number nor a fraction"),
+    (["--coverage", "inf"], "neither a number nor a fraction"),
+    (["--coverage", ""], "neither a number nor a fraction"),
     (["--coverage", "half"], "neither a number nor a fraction"),
-    (["--subnets", "0"], "--subnets: must be at least 1"),
+    (["--coverage", "0.0002"], "not a multiple of 1/4.*nearest are 1/4"),
+    (["--coverage"], "--coverage: expected one argument"),
     (["--subnets", "two"], "--subnets: invalid"),
     (["--model", "gpt5"], "invalid choice: 'gpt5'"),
     (["--data", "none.bin"], "cannot read none.bin"),
     (["--data", "wikipedia"], "unknown --data wikipedia"),
+    (["--data", ""], "unknown --data"),
     (["--data", "fineweb"], "no FineWeb shards.*data.py fineweb"),
     (["--seq-len", "4096"], "--seq-len 4096 is longer than the context of llama-tiny, 256"),
     (["--batch-size", "9999"], "too short for one batch"),
-    (["--steps", "-1"], "--steps: must be at least 1"),
-    (["--lr", "nan"], "--lr must be a positive number"),
-    (["--lr", "-1"], "--lr must be a positive number"),
-    (["--device", "tpu"], "--device tpu is not cpu or cuda"),
+    *[([f"--{flag}", value], f"--{flag}: must be at least 1") for flag in
+      ("subnets", "steps", "batch-size", "seq-len", "grad-accum", "eval-every", "save-every", "log-every", "timeout") for value in ("0", "-1")],
+    *[([f"--{flag}", "1.5"], f"--{flag}: invalid") for flag in ("seed", "steps", "batch-size", "grad-accum", "timeout")],
+    (["--seed", "-1"], "--seed: must be at least 0"),
+    *[(["--lr", value], "--lr must be a positive number") for value in ("nan", "inf", "0", "-1", "1e38")],
+    (["--lr", "fast"], "--lr: invalid float"),
+    *[(["--device", value], f"--device {value} is not cpu or cuda") for value in ("tpu", "mps", "gpu", "cpu:x")],
     (["--device", "cuda"], "no CUDA device"),
     (["--resume", "--overwrite"], "contradict"),
     (["--sample", "x"], "--sample needs --resume"),
+    (["--resume", "--sample", "x"], "--sample needs --resume and a checkpoint"),
     (["--compile"], "--compile needs real workers"),
     (["--checkpoint-activations"], "--checkpoint-activations needs real workers"),
     (["--frobnicate"], "unrecognized arguments"),
-    (["--masking", "sideways"], "invalid choice"),
+    (["train"], "unrecognized arguments"),
+    *[([f"--{flag}", "sideways"], "invalid choice") for flag in ("masking", "level", "parallel", "dtype")],
     (["--model", "resnet18"], "resnet18 reads images: --data can be cifar10, cifar100, shapes, not /"),
     (["--data", "cifar10"], "--data cifar10 holds images, and llama-tiny reads text: use --model resnet18"),
     (["--data", "shapes", "--model", "resnet18"], "--seq-len is for text, and resnet18 reads images"),
 ]
+HEAD = [20240520, 1, 6000, 256]
+BAD_SHARDS = [  # header, number of tokens, a token
+    (HEAD[:1], 6000, 5), ([20240521] + HEAD[1:], 6000, 5), (HEAD[:1] + [2] + HEAD[2:], 6000, 5), (HEAD, 5999, 5), (HEAD, 6001, 5), (HEAD, 0, 5),
+    (HEAD[:2] + [-1, 256], 0, 5), (HEAD[:2] + [0, 256], 0, 5), (HEAD[:2] + [20, 256], 20, 5), (HEAD[:3] + [-1], 6000, 5), (HEAD[:3] + [70000], 6000, 5),
+    (HEAD, 6000, 256), (HEAD[:3] + [4], 6000, 5), (HEAD[:3] + [0], 6000, 50257),
+]
+BAD_CHECKPOINTS = {
+    "empty": b"", "text": b"not a checkpoint", "zip of nothing": b"PK\x05\x06" + bytes(18),
+    "pickle": pickle.dumps({"model": 1}), "list": [1, 2], "half": {"model": {}, "step": 3}, "tensor": torch.zeros(3),
+    "malicious": type("Evil", (), {"__reduce__": lambda self: (os.system, ("touch /tmp/evil-was-here",))})(),
+}
+
+
+def refused(folder, message, *arguments, out="out"):
+    """train.main says one line, and has left no out-dir behind."""
+    with pytest.raises(data.UserError, match=message) as caught:
+        train.main(flags(folder, *arguments, out=out))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("more,message", BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 def test_bad_input_is_one_clear_line_before_anything_happens(tmp_path, more, message):
     if more == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    with pytest.raises(data.UserError, match=message) as caught:
-        train.main(flags(tmp_path, *more))
-    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    refused(tmp_path, message, *more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_shards_are_one_clear_line(tmp_path):
+    for header, count, token in BAD_SHARDS:
+        raw = np.array(header + [0] * (256 - len(header)), "<i4").tobytes() + np.full(count, token, "<u2").tobytes()
+        (tmp_path / "text.bin").write_bytes(raw)
+        refused(tmp_path, "text.bin|too short for one batch")
+        assert not (tmp_path / "out").exists()
+    (tmp_path / "text.bin").unlink()
+    (tmp_path / "text.bin").mkdir()
+    refused(tmp_path, "cannot read .*text.bin")
+
+
+@pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
+def test_bad_checkpoints_are_one_clear_line_and_nothing_in_them_is_run(tmp_path, kind):
+    (tmp_path / "out").mkdir()
+    path, content = tmp_path / "out" / "ckpt.pt", BAD_CHECKPOINTS[kind]
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif kind == "malicious":
+        torch.save({"model": content}, path)
+    else:
+        torch.save(content, path)
+    before = path.read_bytes()
+    for more in ([], ["--sample", "x"]):
+        refused(tmp_path, "is damaged|not a checkpoint of this program", "--resume", *more)
+    assert path.read_bytes() == before and os.listdir(tmp_path / "out") == ["ckpt.pt"]
+    assert not Path("/tmp/evil-was-here").exists()
+
+
+@pytest.mark.parametrize("arguments,message", [([], "required"), (["text"], "required"), (["text", "none.txt"], "cannot read none.txt"),
+                                               (["fineweb", "--shards", "0"], "from 1 to 103"), (["fineweb", "--shards", "x"], "invalid int"),
+                                               (["text", "none.txt", "--encoding", "morse"], "invalid choice"), (["imagenet"], "invalid choice")])
+def test_bad_commands_of_data_py(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        data.main()
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and message in error and not list(tmp_path.iterdir())
 
 
 def test_an_out_dir_with_a_run_is_left_alone(tmp_path):
@@ -1519,14 +1588,8 @@ def test_an_out_dir_with_a_run_is_left_alone(tmp_path):
         train.main(flags(tmp_path))
     assert (tmp_path / "out" / "metrics.jsonl").read_text() == "precious"
     (tmp_path / "file").write_text("")
-    with pytest.raises(data.UserError, match="cannot write to --out-dir"):
-        train.main(flags(tmp_path, out="file/out"))
-    data.write_bin(tmp_path / "text.bin", [5, 300] * 3000, 257)
-    raw = bytearray((tmp_path / "text.bin").read_bytes())
-    raw[12:16] = np.int32(256).tobytes()
-    (tmp_path / "text.bin").write_bytes(raw)
-    with pytest.raises(data.UserError, match="token 300, but its vocabulary is 256"):
-        train.main(flags(tmp_path, out="new"))
+    for out in "file", "file/out":
+        refused(tmp_path, "cannot write to --out-dir", out=out)
 
 
 def test_resume_refuses_another_model_or_data(tmp_path):
@@ -1536,11 +1599,284 @@ def test_resume_refuses_another_model_or_data(tmp_path):
             train.main(flags(tmp_path, "--resume", *more))
 
 
-@pytest.mark.parametrize("ranks,more,message", [(3, ["--subnets", "2"], "--subnets 2 does not divide the number of workers, 3"),
-                                                (2, ["--coverage", "0.7"], "the nearest are 1/2 and 2/2")])
+@pytest.mark.parametrize("ranks,more,message", [
+    (3, ["--subnets", "2"], "--subnets 2 does not divide the number of workers, 3"),
+    (2, ["--coverage", "0.7"], "the nearest are 1/2 and 2/2"),
+    (2, ["--frobnicate"], "unrecognized arguments"),
+    (2, ["--data", "none.bin"], "cannot read none.bin"),
+    (2, ["--data", "shapes"], "--data shapes holds images"),
+    (2, ["--out-dir", "/dev/null/out"], "cannot write to --out-dir"),
+])
 def test_bad_input_under_torchrun_is_one_line_from_one_rank(tmp_path, ranks, more, message):
     start = time.monotonic()
     out, err = torchrun(ranks, flags(tmp_path, *more), code=1, timeout=60)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0] and time.monotonic() - start < 40
     assert 'train.py", line' not in err and "exitcode  : 2" in err and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run is never lost
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _train_on_pool(arguments, prepare=None):
+    """train.main in a process of the pool, as a rank of torchrun's would run it -> None or what it refused."""
+    train.DISTRIBUTED, train.RANK, train.WORLD, train.STOP = True, dist.get_rank(), dist.get_world_size(), False
+    train.start_processes, train.say = lambda *a: torch.device("cpu"), lambda *a: None
+    here = os.getcwd()
+    try:
+        undo = prepare() if prepare else None
+        train.main(arguments)
+    except data.UserError as e:
+        return str(e)
+    finally:
+        os.chdir(here)
+        if prepare and undo:
+            undo()
+
+
+def _optimizers_stand_still():
+    steps = {kind: kind.step for kind in (torch.optim.AdamW, torch.optim.SGD)}
+    for kind in steps:
+        kind.step = lambda self: None
+    return lambda: [setattr(kind, "step", step) for kind, step in steps.items()]
+
+
+LAYOUTS = [(4, ["--parallel", "ddp"]), (4, ["--coverage", "3/4"]), (3, ["--masking", "backward", "--level", "neuron", "--coverage", "2/3"]),
+           (4, ["--masking", "backward", "--subnets", "2", "--coverage", "1/2"]), (1, [])]
+
+
+@pytest.mark.parametrize("make_flags", [flags, image_flags], ids=["Llama", "ResNet"])
+def test_a_checkpoint_resumes_bit_for_bit_under_any_layout(run_on, tmp_path, make_flags):
+    """A run is resumed under five layouts in a row.  The first time it takes no step, only saves: the full model and the
+    optimizer are the saved ones, bit for bit.  Then it trains on, and the loss stays sane."""
+    if make_flags is image_flags:
+        more = ["--data", "shapes", "--batch-size", "2"]
+        prepare = _small_images_on_pool
+    else:
+        more, prepare = [], None
+    step, path = 0, tmp_path / "out" / "ckpt.pt"
+    for workers, layout in LAYOUTS:
+        if step:                                                     # one update that changes nothing, then back to the step before
+            before = torch.load(path, weights_only=True)
+            raw = path.read_bytes()
+            still = functools.partial(_both, prepare, _optimizers_stand_still)
+            assert run_on(workers, _train_on_pool, make_flags(tmp_path, "--resume", *layout, *more, steps=step + 1), still) == [None] * workers
+            after = torch.load(path, weights_only=True)
+            parameters = before["optimizer"].keys()
+            assert all(torch.equal(before["model"][n], after["model"][n]) for n in parameters)
+            for name, state in before["optimizer"].items():
+                assert all(torch.equal(value, after["optimizer"][name][key]) for key, value in state.items() if torch.is_tensor(value))
+            path.write_bytes(raw)
+        step += 3
+        assert run_on(workers, _train_on_pool, make_flags(tmp_path, "--resume", *layout, *more, steps=step), prepare) == [None] * workers
+        saved = torch.load(path, weights_only=True)
+        assert saved["step"] == step and all(s["step"] == step for s in saved["optimizer"].values())
+    losses = [m["loss"] for m in metrics(tmp_path)]
+    assert len(losses) == 15 and max(losses) < 1.3 * losses[0]
+    if make_flags is flags:
+        assert losses[-1] < losses[0] - 0.3
+
+
+def _both(first, second):
+    undo = [prepare() for prepare in (first, second) if prepare]
+    return lambda: [u() for u in undo if u]
+
+
+def _small_images_on_pool():
+    saved = data.shapes, train.STATISTICS_IMAGES, resnet.PRESETS["resnet18"]
+    exec(SMALL_IMAGES, {})
+
+    def undo():
+        data.shapes, train.STATISTICS_IMAGES, resnet.PRESETS["resnet18"] = saved
+    return undo
+
+
+def _differs(what, folder):
+    """Rank 1 is started otherwise than rank 0."""
+    if dist.get_rank() == 1:
+        if what == "data":
+            os.chdir(folder / "other")
+        if what == "code":
+            train.__file__, was = str(folder / "other" / "train.py"), train.__file__
+            return lambda: setattr(train, "__file__", was)
+
+
+def _on_rank_1(arguments, *more, **options):
+    return _train_on_pool(arguments + (list(more) if dist.get_rank() == 1 else []), **options)
+
+
+def test_ranks_that_were_started_differently_are_told_apart(run_on, tmp_path):
+    for folder in (tmp_path, tmp_path / "other"):
+        folder.mkdir(exist_ok=True)
+        text_bin(folder)
+    (tmp_path / "other" / "train.py").write_text("print('another version')")
+    arguments = flags(tmp_path)
+    for more in ["--lr", "0.1"], ["--seed", "7"], ["--masking", "backward"], ["--batch-size", "3"]:
+        said = run_on(2, _on_rank_1, arguments, *more)
+        assert said[0] == said[1] and f"rank 1 has {more[0]} {more[1]}, but rank 0 has" in said[0]
+    data.write_bin(tmp_path / "other" / "text.bin", np.arange(6000) % 200, 256)
+    relative = ["text.bin" if a.endswith("text.bin") else a for a in arguments]
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        for what in "data", "code":
+            said = run_on(2, functools.partial(_on_rank_1, prepare=functools.partial(_at, tmp_path, what)), relative)
+            assert said[0] == said[1] and f"rank 1 has {what}" in said[0]
+    finally:
+        os.chdir(here)
+    assert not (tmp_path / "out").exists()
+
+
+def _at(folder, what):
+    os.chdir(folder)
+    return _differs(what, folder)
+
+
+def _loss_is_nan_at(rank, steps):
+    real, calls = llama.loss, [0]
+
+    def loss(*args):
+        calls[0] += args[0].requires_grad                            # training only; flops are counted on the meta device
+        bad = args[0].device.type == "cpu" and args[0].requires_grad and calls[0] - len(MODULES) in steps and dist.get_rank() == rank
+        return real(*args) * (math.nan if bad else 1)
+    llama.loss = loss
+    return lambda: setattr(llama, "loss", real)
+
+
+MODULES = range(3)                                                   # models whose FLOPs are counted before the first step: two subnets and the full one
+
+
+def test_an_update_that_is_not_finite_is_skipped_by_all_and_ten_end_the_run(run_on, tmp_path):
+    prepare = functools.partial(_loss_is_nan_at, 1, [2, 4])
+    assert run_on(2, _train_on_pool, flags(tmp_path, "--coverage", "1/2"), prepare) == [None, None]
+    assert [m["skipped"] for m in metrics(tmp_path)] == [0, 1, 1, 2, 2, 2]
+    saved = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    assert all(t.isfinite().all() for t in saved["model"].values()) and {s["step"] for s in saved["optimizer"].values()} == {4}
+    prepare = functools.partial(_loss_is_nan_at, 1, range(4, 99))
+    said = run_on(2, _train_on_pool, flags(tmp_path, "--coverage", "1/2", steps=20, out="lost"), prepare)
+    assert said[0] == said[1] and "ten updates in a row, up to step 13" in said[0]
+    assert torch.load(tmp_path / "lost" / "ckpt.pt", weights_only=True)["step"] == 12
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: [p.data.fill_(math.inf) for p in self.param_groups[0]["params"]])
+    refused(tmp_path, "after step 3 the weights are not finite any more, and were not saved")
+    assert not (tmp_path / "out" / "ckpt.pt").exists()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    (tmp_path / "small").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", tmp_path / "small"], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not allowed here")
+    try:                                                             # a checkpoint has 21 MB: two fit, a third does not
+        refused(tmp_path, "cannot write .*ckpt.pt .*make room and go on with --resume", out="small/out", *["--steps", "12"])
+        assert sorted(os.listdir(tmp_path / "small" / "out")) == ["ckpt.prev.pt", "ckpt.pt", "metrics.jsonl"]
+        assert torch.load(tmp_path / "small" / "out" / "ckpt.pt", weights_only=True)["step"] == 6
+        (tmp_path / "small" / "out" / "ckpt.prev.pt").unlink()
+        train.main(flags(tmp_path, "--resume", out="small/out", steps=7))
+    finally:
+        subprocess.run(["umount", tmp_path / "small"])
+
+
+def test_a_shard_that_shrinks_under_a_run_ends_it_with_one_line(tmp_path, monkeypatch):
+    path, real = text_bin(tmp_path), data.Tokens.batch
+
+    def batch(self, split, step, *more):
+        if split == "train" and step == 3:
+            os.truncate(path, 1100)
+        return real(self, split, step, *more)
+    monkeypatch.setattr(data.Tokens, "batch", batch)
+    refused(tmp_path, "text.bin became shorter while it was in use")
+    assert torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"] == 3
+
+
+class Torchrun:
+    """A running torchrun, whose workers can be killed."""
+
+    def __init__(self, ranks, arguments, restarts=0):
+        self.process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+                                         f"--max-restarts={restarts}", "train.py", *arguments], cwd=HERE, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def workers(self):
+        out = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout
+        return [int(pid) for pid in out.split()]
+
+    def wait_for_line(self, path, count, seconds=90):
+        end = time.monotonic() + seconds
+        while not path.exists() or len(path.read_text().splitlines()) < count:
+            assert time.monotonic() < end and self.process.poll() is None, self.process.communicate()
+            time.sleep(0.02)
+
+    def end(self, seconds=120):
+        out, err = self.process.communicate(timeout=seconds)
+        return self.process.returncode, out, err
+
+
+def same_checkpoint(a, b):
+    a, b = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (a, b))
+    return a["step"] == b["step"] and all(torch.equal(w, b["model"][n]) for n, w in a["model"].items()) and all(
+        torch.equal(s["exp_avg_sq"], b["optimizer"][n]["exp_avg_sq"]) for n, s in a["optimizer"].items())
+
+
+def kill_and_finish(folder, kills, seed):
+    rng, path = np.random.default_rng(seed), folder / "killed" / "metrics.jsonl"
+    more = ["--coverage", "1/2", "--save-every", "2", "--eval-every", "3"]
+    torchrun(2, flags(folder, *more, out="whole", steps=6 + 3 * kills))
+    run = Torchrun(2, flags(folder, *more, "--resume", out="killed", steps=6 + 3 * kills), restarts=kills)
+    for kill in range(kills):                                        # in the midst of a step, an evaluation or a save
+        run.wait_for_line(path, 2 + 3 * kill)
+        time.sleep(rng.uniform(0, 0.5))
+        victims = run.workers()
+        if victims:
+            os.kill(int(rng.choice(victims)), signal.SIGKILL)
+        while set(run.workers()) & set(victims) and run.process.poll() is None:
+            time.sleep(0.02)
+    code, out, err = run.end()
+    assert code == 0, out + err
+    assert same_checkpoint(folder / "whole", folder / "killed")
+    whole, killed = metrics(folder, "whole"), metrics(folder, "killed")
+    assert [m["step"] for m in whole] == [m["step"] for m in killed] and whole[-1]["val_loss"] == killed[-1]["val_loss"]
+
+
+def test_killed_workers_come_back_and_the_result_is_the_same(tmp_path):
+    kill_and_finish(tmp_path, 3, 0)
+
+
+@slow
+@only_when_asked
+def test_twenty_kills(tmp_path):
+    kill_and_finish(tmp_path, 20, 1)
+
+
+def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path):
+    torchrun(2, flags(tmp_path, "--coverage", "1/2", out="whole", steps=40))
+    run = Torchrun(2, flags(tmp_path, "--coverage", "1/2", steps=40))
+    run.wait_for_line(tmp_path / "out" / "metrics.jsonl", 4)
+    run.process.send_signal(signal.SIGTERM)                          # as a cluster does; torchrun hands it on to the workers
+    code, out, err = run.end()
+    assert "told to stop (SIGTERM): saved after step" in out and "error" not in out + err.replace("errors", "")
+    saved = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"]
+    assert 4 <= saved < 40
+    torchrun(2, flags(tmp_path, "--coverage", "1/2", "--resume", steps=40))
+    assert same_checkpoint(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+def test_a_rank_that_dies_or_hangs_ends_the_others_with_a_line(tmp_path, how):
+    run = Torchrun(3, flags(tmp_path, "--coverage", "2/3", "--timeout", "5", steps=5000))
+    run.wait_for_line(tmp_path / "out" / "metrics.jsonl", 2)
+    workers = run.workers()
+    os.kill(workers[1], how)
+    start, left = time.monotonic(), workers
+    while len(set(left) & set(workers)) > 1 and time.monotonic() < start + 30:     # torchrun itself waits for the stopped one
+        left = [pid for pid in run.workers() if "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]]
+        time.sleep(0.1)
+    seconds = time.monotonic() - start
+    if how == signal.SIGSTOP:
+        os.kill(workers[1], signal.SIGKILL)
+    code, out, err = run.end()
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code and seconds < 20 and lines and all("waited for the other workers in" in line for line in lines), err
+    assert 'train.py", line' not in err

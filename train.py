@@ -172,7 +172,7 @@ def agree(mine):
         dist.all_gather_object(ranks, mine)
     for rank, its in enumerate(ranks):
         for name, value in its.items():
-            if value != ranks[0][name]:
+            if str(value) != str(ranks[0][name]):
                 raise UserError(f"rank {rank} has {name} {value}, but rank 0 has {ranks[0][name]}: start all ranks with the same "
                                 f"command, code and data")
 
@@ -401,10 +401,11 @@ def sample(checkpoint, prompt, device, count=200):
 def settle(args, checkpoint):
     """Fills in what the flags leave open, and refuses what cannot be."""
     for flag in "model", "data":
-        was, given = checkpoint and checkpoint["config"][flag], getattr(args, flag)
-        if was and given and was != given:
+        was, given = checkpoint["config"][flag] if checkpoint else None, getattr(args, flag)
+        if was is not None and given is not None and was != given:
             raise UserError(f"--{flag} {given} contradicts the checkpoint in {args.out_dir}, which has {was}")
-        setattr(args, flag, was or given or (DEFAULTS[args.model]["data"] if flag == "data" else "llama-tiny"))
+        default = "llama-tiny" if flag == "model" else DEFAULTS[args.model]["data"]
+        setattr(args, flag, next(v for v in (was, given, default) if v is not None))
     if args.model == "resnet18" and args.data not in data.IMAGES:
         raise UserError(f"resnet18 reads images: --data can be {', '.join(data.IMAGES)}, not {args.data}")
     if args.model != "resnet18" and args.data in data.IMAGES:
@@ -412,8 +413,8 @@ def settle(args, checkpoint):
     for flag, value in {**DEFAULTS[args.model], **DEFAULTS.get(args.data, {})}.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
-    if not 0 < args.lr < math.inf:
-        raise UserError(f"--lr must be a positive number, not {args.lr}")
+    if not 0 < args.lr < 1e6:
+        raise UserError(f"--lr must be a positive number below a million, not {args.lr}")
     if args.seq_len is not None:
         context = getattr(llama.PRESETS.get(args.model), "max_position_embeddings", 0)
         if not context:
@@ -556,8 +557,8 @@ def train(args, device, checkpoint):
         for key, example in next(iter(checkpoint["optimizer"].values())).items():
             if torch.is_tensor(example):
                 optimizer.state[p][key] = sync.cut(local, lambda name: checkpoint["optimizer"][name][key]).to(device, copy=True)
-            else:
-                optimizer.state[p][key] = torch.tensor(float(example))       # the number of updates
+            elif not images:
+                optimizer.state[p][key] = torch.tensor(float(example))       # Adam's number of updates
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
     if DISTRIBUTED:
