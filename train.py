@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -157,7 +158,11 @@ def start_processes(wanted, timeout):
             raise UserError(f"--device {wanted}: this machine has CUDA devices 0 to {gpus - 1}")
         torch.cuda.set_device(device.index or 0)
     if DISTRIBUTED:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        wait = timedelta(seconds=timeout)
+        store, rank, world = next(rendezvous("env://", timeout=wait))
+        if WORLD == int(os.environ["LOCAL_WORLD_SIZE"]):             # torchrun keeps the store over restarts: ranks would find
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)        # addresses of the dead
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     return device
 
 
