@@ -1880,3 +1880,33 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_a_line(tmp_path, how):
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code and seconds < 20 and lines and all("waited for the other workers in" in line for line in lines), err
     assert 'train.py", line' not in err
+
+
+def test_two_hosts_give_the_losses_of_one(tmp_path):
+    """The README's command for several machines, the machines being two network namespaces joined by a cable."""
+    def ip(*words):
+        return subprocess.run(["ip", *words], capture_output=True).returncode == 0
+
+    hosts = [f"sdp{os.getpid()}{i}" for i in (0, 1)]
+    if not all([ip("netns", "add", host) for host in hosts]):
+        pytest.skip("network namespaces are not allowed here")
+    try:
+        assert ip("link", "add", "sdp0", "netns", hosts[0], "type", "veth", "peer", "name", "sdp1", "netns", hosts[1])
+        for i, host in enumerate(hosts):
+            assert ip("-n", host, "addr", "add", f"10.77.0.{i + 1}/24", "dev", f"sdp{i}")
+            assert ip("-n", host, "link", "set", f"sdp{i}", "up") and ip("-n", host, "link", "set", "lo", "up")
+        more = ["--level", "neuron", "--masking", "backward"]
+        runs = [subprocess.Popen(["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
+                                  "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29400", f"--rdzv-conf=is_host={1 - i}",
+                                  f"--local-addr=10.77.0.{i + 1}", "train.py", *flags(tmp_path, *more, out="two")], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"sdp{i}"})
+                for i, host in enumerate(hosts)]
+        said = [run.communicate(timeout=240)[0] for run in runs]
+        assert all(run.returncode == 0 for run in runs), said
+        assert "4 workers, cpu" in said[0] + said[1]
+    finally:
+        for host in hosts:
+            ip("netns", "del", host)
+    train.main(flags(tmp_path, *more, "--subnets", "4", out="one"))
+    for two, one in zip(metrics(tmp_path, "two"), metrics(tmp_path, "one"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5) and two.get("val_loss") == pytest.approx(one.get("val_loss"), rel=1e-5)
