@@ -247,11 +247,14 @@ class DenseResNet(nn.Module):
         return {"conv1": mine[:, None, None, None], "bn1": mine, "conv2": mine[None, :, None, None], "bn2": mine.any()}[name.split(".")[2]]
 
 
+def dense_model(config):
+    return DenseResNet(config) if family(config)[0] is resnet else DenseLlama(config)
+
+
 def dense_masked_model(config, masks, workers, backward, steps=20, accum=1, batches=None, clip=0.5):
     """The oracle: another library's model at full size; worker i sees weights times its 0/1 mask; gradients are summed over
     workers and divided by counts.  Backward masking: all weights are seen, the masked ones without a gradient."""
-    batches, model = batches or batch_for(config), (DenseResNet if batch_for(config) is images_for else DenseLlama)(config)
-    value = first_value(config)
+    batches, model, value = batches or batch_for(config), dense_model(config), first_value(config)
     weights = {name.removeprefix("net."): nn.Parameter(value(name.removeprefix("net."))) for name, _ in model.named_parameters()}
     subnets = next(iter(masks.values())).shape[1]
     masked = [{name: torch.ones_like(w) * model.held(name, masks, s) for name, w in weights.items()} for s in range(subnets)]
@@ -492,7 +495,7 @@ def test_distributed_equals_simulated_equals_dense_masked_model(run_on, config, 
 
 def _ddp_losses(config, steps):
     """torch's DistributedDataParallel on another library's model, the same batches and optimizer; bytes from its buckets."""
-    model, value, sent = (DenseLlama if config is TINY else DenseResNet)(config), first_value(config), [0]
+    model, value, sent = dense_model(config), first_value(config), [0]
     model.to(value(next(iter(family(config)[0].layout(config)))).dtype)
     model.net.load_state_dict({name: value(name) for name in model.net.state_dict()})
     ddp = nn.parallel.DistributedDataParallel(model)

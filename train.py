@@ -602,7 +602,7 @@ def train(args, device, checkpoint):
         sync.refresh()                                               # backward masking: frozen weights, from their holders
 
         now, end = step + 1, step + 1 == steps
-        evaluates = end or now % args.eval_every == 0
+        evaluates = end or now % args.eval_every == 0 and not stops  # told to stop: there may be no time for it
         if evaluates or now % args.log_every == 0:
             ms = (time.perf_counter() - since) * 1000 / (now - done)
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else -1
