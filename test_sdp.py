@@ -1022,7 +1022,7 @@ def test_text_command_writes_train_and_val(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["data.py", "text", str(source), "--out", str(tmp_path / "b" / "mine")])
     data.main()
     dataset = data.load(str(tmp_path / "b" / "mine_train.bin"), 1, 8, 0)
-    assert bytes(np.concatenate([dataset.splits["train"][0], dataset.splits["val"][0]]).astype(np.uint8)) == source.read_bytes()
+    assert bytes(np.concatenate([dataset.splits["train"][0][:], dataset.splits["val"][0][:]]).astype(np.uint8)) == source.read_bytes()
     assert len(dataset.splits["val"][0]) == 70
     monkeypatch.setattr(sys, "argv", ["data.py", "text", str(tmp_path / "none.txt")])
     with pytest.raises(SystemExit) as stop:
@@ -1238,6 +1238,25 @@ def torchrun(ranks, arguments, code=0, timeout=120, script="train.py"):
     return run.stdout, run.stderr
 
 
+def _train_on_pool(arguments, prepare=None):
+    """train.main in a process of the pool, as a rank of torchrun's would run it -> None or what it refused.
+
+    prepare() changes something there, and returns what undoes it.
+    """
+    train.DISTRIBUTED, train.RANK, train.WORLD, train.STOP = True, dist.get_rank(), dist.get_world_size(), False
+    train.start_processes, train.say = lambda *a: torch.device("cpu"), lambda *a: None
+    here = os.getcwd()
+    try:
+        undo = prepare() if prepare else None
+        train.main(arguments)
+    except data.UserError as e:
+        return str(e)
+    finally:
+        os.chdir(here)
+        if prepare and undo:
+            undo()
+
+
 SMALL_IMAGES = """
 import data, model_resnet as resnet, train
 real_shapes = data.shapes
@@ -1258,6 +1277,15 @@ def small_images(monkeypatch):
         script = Path(folder) / "small.py"
         script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{SMALL_IMAGES}\ntrain.main(sys.argv[1:])")
         yield str(script)
+
+
+def _small_images_on_pool():
+    saved = data.shapes, train.STATISTICS_IMAGES, resnet.PRESETS["resnet18"]
+    exec(SMALL_IMAGES, {})
+
+    def undo():
+        data.shapes, train.STATISTICS_IMAGES, resnet.PRESETS["resnet18"] = saved
+    return undo
 
 
 def image_flags(folder, *more, out="out", steps=6):
@@ -1308,9 +1336,13 @@ def test_torchrun_equals_plain_python_and_writes_the_contract_s_metrics(tmp_path
 
 
 @pytest.mark.parametrize("level,masking", ALL)
-def test_resnet_by_torchrun_equals_plain_python(tmp_path, small_images, capsys, level, masking):
+def test_resnet_on_real_workers_equals_plain_python(run_on, tmp_path, small_images, capsys, level, masking):
     more = ["--level", level, "--masking", masking, "--coverage", "1/2"]
-    torchrun(2, image_flags(tmp_path, *more, *(["--checkpoint-activations"] if level == "block" else []), out="many"), script=small_images)
+    many = image_flags(tmp_path, *more, *(["--checkpoint-activations"] if level == "block" else []), out="many")
+    if (level, masking) == ALL[0]:
+        torchrun(2, many, script=small_images)
+    else:
+        assert run_on(2, _train_on_pool, many, _small_images_on_pool) == [None, None]
     train.main(image_flags(tmp_path, *more, "--subnets", 2, out="one"))
     assert "resnet18 on shapes (synthetic)" in capsys.readouterr().out
     many, one = metrics(tmp_path, "many"), metrics(tmp_path, "one")
@@ -1378,10 +1410,10 @@ def test_averaged_statistics_are_right_only_where_every_worker_has_the_full_mode
 
 
 @pytest.mark.parametrize("ranks,more", [(2, ["--masking", "backward"]), (1, []), (2, ["--parallel", "ddp"])])
-def test_resume_gives_the_uninterrupted_run_bit_for_bit(tmp_path, ranks, more):
+def test_resume_gives_the_uninterrupted_run_bit_for_bit(run_on, tmp_path, ranks, more):
     def go(out, *extra):
         arguments = flags(tmp_path, "--coverage", "1/2" if ranks == 2 else "3/4", *more, *extra, out=out)
-        torchrun(ranks, arguments) if ranks > 1 else train.main(arguments)
+        assert run_on(ranks, _train_on_pool, arguments) == [None] * ranks if ranks > 1 else train.main(arguments) is None
     go("whole")
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "ckpt.pt").write_bytes((tmp_path / "whole" / "ckpt.prev.pt").read_bytes())        # step 3
@@ -1467,9 +1499,9 @@ def test_flop_match_lengthens_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("more", [["--checkpoint-activations"], ["--compile"], ["--dtype", "bf16"]])
-def test_the_same_losses_with_another_way_to_compute(tmp_path, more):
+def test_the_same_losses_with_another_way_to_compute(run_on, tmp_path, more):
     train.main(flags(tmp_path, "--subnets", 2, "--coverage", "1/2", out="plain", steps=4))
-    torchrun(2, flags(tmp_path, "--coverage", "1/2", *more, steps=4), timeout=300)
+    assert run_on(2, _train_on_pool, flags(tmp_path, "--coverage", "1/2", *more, steps=4)) == [None, None]
     tolerance = 0.02 if "bf16" in more else 1e-4
     for a, b in zip(metrics(tmp_path, "plain"), metrics(tmp_path), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
@@ -1622,22 +1654,6 @@ def test_bad_input_under_torchrun_is_one_line_from_one_rank(tmp_path, ranks, mor
 # A run is never lost
 # ---------------------------------------------------------------------------------------------------------------------
 
-def _train_on_pool(arguments, prepare=None):
-    """train.main in a process of the pool, as a rank of torchrun's would run it -> None or what it refused."""
-    train.DISTRIBUTED, train.RANK, train.WORLD, train.STOP = True, dist.get_rank(), dist.get_world_size(), False
-    train.start_processes, train.say = lambda *a: torch.device("cpu"), lambda *a: None
-    here = os.getcwd()
-    try:
-        undo = prepare() if prepare else None
-        train.main(arguments)
-    except data.UserError as e:
-        return str(e)
-    finally:
-        os.chdir(here)
-        if prepare and undo:
-            undo()
-
-
 def _optimizers_stand_still():
     steps = {kind: kind.step for kind in (torch.optim.AdamW, torch.optim.SGD)}
     for kind in steps:
@@ -1684,15 +1700,6 @@ def test_a_checkpoint_resumes_bit_for_bit_under_any_layout(run_on, tmp_path, mak
 def _both(first, second):
     undo = [prepare() for prepare in (first, second) if prepare]
     return lambda: [u() for u in undo if u]
-
-
-def _small_images_on_pool():
-    saved = data.shapes, train.STATISTICS_IMAGES, resnet.PRESETS["resnet18"]
-    exec(SMALL_IMAGES, {})
-
-    def undo():
-        data.shapes, train.STATISTICS_IMAGES, resnet.PRESETS["resnet18"] = saved
-    return undo
 
 
 def _differs(what, folder):
@@ -1823,10 +1830,10 @@ def same_checkpoint(a, b):
         torch.equal(s["exp_avg_sq"], b["optimizer"][n]["exp_avg_sq"]) for n, s in a["optimizer"].items())
 
 
-def kill_and_finish(folder, kills, seed):
+def kill_and_finish(run_on, folder, kills, seed):
     rng, path = np.random.default_rng(seed), folder / "killed" / "metrics.jsonl"
     more = ["--coverage", "1/2", "--save-every", "2", "--eval-every", "3"]
-    torchrun(2, flags(folder, *more, out="whole", steps=6 + 3 * kills))
+    assert run_on(2, _train_on_pool, flags(folder, *more, out="whole", steps=6 + 3 * kills)) == [None, None]
     run = Torchrun(2, flags(folder, *more, "--resume", out="killed", steps=6 + 3 * kills), restarts=kills)
     for kill in range(kills):                                        # in the midst of a step, an evaluation or a save
         run.wait_for_line(path, 2 + 3 * kill)
@@ -1843,18 +1850,18 @@ def kill_and_finish(folder, kills, seed):
     assert [m["step"] for m in whole] == [m["step"] for m in killed] and whole[-1]["val_loss"] == killed[-1]["val_loss"]
 
 
-def test_killed_workers_come_back_and_the_result_is_the_same(tmp_path):
-    kill_and_finish(tmp_path, 3, 0)
+def test_killed_workers_come_back_and_the_result_is_the_same(run_on, tmp_path):
+    kill_and_finish(run_on, tmp_path, 3, 0)
 
 
 @slow
 @only_when_asked
-def test_twenty_kills(tmp_path):
-    kill_and_finish(tmp_path, 20, 1)
+def test_twenty_kills(run_on, tmp_path):
+    kill_and_finish(run_on, tmp_path, 20, 1)
 
 
-def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path):
-    torchrun(2, flags(tmp_path, "--coverage", "1/2", out="whole", steps=40))
+def test_sigterm_saves_and_the_run_goes_on_from_there(run_on, tmp_path):
+    assert run_on(2, _train_on_pool, flags(tmp_path, "--coverage", "1/2", out="whole", steps=40)) == [None, None]
     run = Torchrun(2, flags(tmp_path, "--coverage", "1/2", steps=40))
     run.wait_for_line(tmp_path / "out" / "metrics.jsonl", 4)
     run.process.send_signal(signal.SIGTERM)                          # as a cluster does; torchrun hands it on to the workers
@@ -1862,7 +1869,7 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path):
     assert "told to stop (SIGTERM): saved after step" in out and "error" not in out + err.replace("errors", "")
     saved = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["step"]
     assert 4 <= saved < 40
-    torchrun(2, flags(tmp_path, "--coverage", "1/2", "--resume", steps=40))
+    assert run_on(2, _train_on_pool, flags(tmp_path, "--coverage", "1/2", "--resume", steps=40)) == [None, None]
     assert same_checkpoint(tmp_path / "whole", tmp_path / "out")
 
 
