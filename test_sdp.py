@@ -1449,7 +1449,13 @@ def test_resnet_resumes_bit_for_bit_and_under_any_other_layout(tmp_path, small_i
     for steps, more in (9, ["--parallel", "ddp"]), (12, ["--masking", "backward", "--level", "neuron", "--subnets", 3, "--coverage", "1/3"]):
         train.main(image_flags(tmp_path, "--resume", *more, steps=steps, out="cut"))
     assert [m["step"] for m in metrics(tmp_path, "cut")] == list(range(4, 13))
-    assert all(s["step"] == 12 for s in torch.load(tmp_path / "cut" / "ckpt.pt", weights_only=True)["optimizer"].values())
+    saved = torch.load(tmp_path / "cut" / "ckpt.pt", weights_only=True)
+    assert all(s["step"] == 12 for s in saved["optimizer"].values())
+    torch.save({**saved, "config": {**saved["config"], "num_classes": 7}}, tmp_path / "cut" / "ckpt.pt")
+    with pytest.raises(data.UserError, match="shapes now has num_classes 10, the checkpoint in .* 7"):
+        train.main(image_flags(tmp_path, "--resume", out="cut"))
+    with pytest.raises(data.UserError, match="--sample prints text"):
+        train.main(["--resume", "--out-dir", str(tmp_path / "cut"), "--sample", "x", "--device", "cpu"])
 
 
 def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
