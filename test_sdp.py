@@ -291,7 +291,7 @@ def random_branches(rng, blocks):
 @pytest.mark.parametrize("level", ["block", "neuron"])
 def test_masks_have_exactly_k_holders_few_sets_and_one_component(level):
     rng = np.random.default_rng(0)
-    for trial in range(15):
+    for trial in range(8):
         subnets = int(rng.integers(1, 12))
         held, blocks = int(rng.integers(1, subnets + 1)), int(rng.integers(1, 15))
         branches = random_branches(rng, blocks)
@@ -1925,4 +1925,4 @@ def test_two_hosts_give_the_losses_of_one(tmp_path):
             ip("netns", "del", host)
     train.main(flags(tmp_path, *more, "--subnets", "4", out="one"))
     for two, one in zip(metrics(tmp_path, "two"), metrics(tmp_path, "one"), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5) and two.get("val_loss") == pytest.approx(one.get("val_loss"), rel=1e-5)
+        assert all(two[key] == pytest.approx(one[key], rel=1e-5) for key in ("loss", "val_loss") if key in one)
