@@ -2,8 +2,10 @@
 Data sets, each as `batch(split, step, worker, workers)`: a pure function of its arguments and the seed.
 
 A loader without state: the batch of step 1000 is the same whether the run came there in one go or was resumed, so a
-checkpoint has nothing to say about data.  First text, then images, then the command line.  Token files are the .bin shards of llm.c and modded-nanogpt: a header of 256
-int32 (20240520, 1, number of tokens, vocabulary size or 0 for GPT-2's 50257, zeros), then the tokens as uint16.
+checkpoint has nothing to say about data.  First text, then images, then the command line that fetches and tokenises.
+
+Token files are the .bin shards of llm.c and modded-nanogpt: a header of 256 int32 (20240520, 1, number of tokens,
+vocabulary size or 0 for GPT-2's 50257, zeros), then the tokens as uint16.
 
     python data.py fineweb --shards 10                     fetch FineWeb, tokenised with GPT-2's vocabulary
     python data.py text a.txt b.txt --out datasets/mine    tokenise your own files into mine_train.bin and mine_val.bin
