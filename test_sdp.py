@@ -1846,8 +1846,9 @@ class Torchrun:
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def workers(self):
-        out = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout
-        return [int(pid) for pid in out.split()]
+        """The processes that still live; Z is one that has ended and whose parent has not looked yet."""
+        out = subprocess.run(["ps", "-o", "pid=,stat=", "--ppid", str(self.process.pid)], capture_output=True, text=True).stdout
+        return [int(line.split()[0]) for line in out.splitlines() if "Z" not in line.split()[1]]
 
     def wait_for_line(self, path, count, seconds=90):
         end = time.monotonic() + seconds
@@ -1921,7 +1922,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_a_line(tmp_path, how):
     os.kill(workers[1], how)
     start, left = time.monotonic(), workers
     while len(set(left) & set(workers)) > 1 and time.monotonic() < start + 30:     # torchrun itself waits for the stopped one
-        left = [pid for pid in run.workers() if "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]]
+        left = run.workers()
         time.sleep(0.1)
     seconds = time.monotonic() - start
     if how == signal.SIGSTOP:
