@@ -644,13 +644,14 @@ def counted_all_reduce(sync, bucket):
 if __name__ == "__main__":
     try:
         main()
+        sys.exit()
     except UserError as e:
         if RANK > 0:                                                 # rank 0 says it, and torchrun then ends this rank
             time.sleep(10)
-        print("error: " + (f"rank {RANK}: " if RANK else "") + str(e), file=sys.stderr, flush=True)
-        sys.exit(2)
+        code, said = 2, (f"rank {RANK}: " if RANK else "") + str(e)
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
-        print(f"error: rank {RANK} waited for the other workers in {PHASE}, but lost them: {str(e).splitlines()[0]}", file=sys.stderr, flush=True)
-        os._exit(1)                                                  # at once: the threads of dead connections would wait
+        code, said = 1, f"rank {RANK} waited for the other workers in {PHASE}, but lost them: {str(e).splitlines()[0]}"
+    print(f"error: {said}", file=sys.stderr, flush=True)
+    os._exit(code)                                                   # at once: threads of open or dead connections would wait, or abort
