@@ -160,8 +160,8 @@ def start_processes(wanted, timeout):
     if DISTRIBUTED:
         wait = timedelta(seconds=timeout)
         store, rank, world = next(rendezvous("env://", timeout=wait))
-        if WORLD == int(os.environ["LOCAL_WORLD_SIZE"]):             # torchrun keeps the store over restarts: ranks would find
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)        # addresses of the dead
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(WORLD):         # torchrun keeps the store over restarts: ranks would find
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)       # addresses of the dead
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     return device
 
@@ -177,8 +177,8 @@ def agree(mine):
         dist.all_gather_object(ranks, mine)
     for rank, its in enumerate(ranks):
         for name, value in its.items():
-            if str(value) != str(ranks[0][name]):
-                raise UserError(f"rank {rank} has {name} {value}, but rank 0 has {ranks[0][name]}: start all ranks with the same "
+            if str(value) != str(ranks[0].get(name)):
+                raise UserError(f"rank {rank} has {name} {value}, but rank 0 has {ranks[0].get(name)}: start all ranks with the same "
                                 f"command, code and data")
 
 
@@ -420,12 +420,11 @@ def settle(args, checkpoint):
             setattr(args, flag, value)
     if not 0 < args.lr < 1e6:
         raise UserError(f"--lr must be a positive number below a million, not {args.lr}")
-    if args.seq_len is not None:
-        context = getattr(llama.PRESETS.get(args.model), "max_position_embeddings", 0)
-        if not context:
-            raise UserError(f"--seq-len is for text, and {args.model} reads images")
-        if args.seq_len > context:
-            raise UserError(f"--seq-len {args.seq_len} is longer than the context of {args.model}, {context}")
+    if args.model == "resnet18":
+        if args.seq_len is not None:
+            raise UserError("--seq-len is for text, and resnet18 reads images")
+    elif args.seq_len > (context := llama.PRESETS[args.model].max_position_embeddings):
+        raise UserError(f"--seq-len {args.seq_len} is longer than the context of {args.model}, {context}")
     for flag in ("compile", "checkpoint_activations"):
         if getattr(args, flag) and not DISTRIBUTED:
             raise UserError(f"--{flag.replace('_', '-')} needs real workers: start with torchrun --nproc-per-node=1 or more")
@@ -480,7 +479,7 @@ def main(argv=None):
     finally:
         signal.signal(signal.SIGTERM, before)
     del checkpoint
-    if RANK == 0 and finished and args.model != "resnet18":                       # the workers' memory is free again
+    if RANK == 0 and finished and args.model != "resnet18":          # the workers' memory is free again
         say(f"\nA sample of the full model in {args.out_dir / 'ckpt.pt'}:\n")
         try:
             say(sample(load_checkpoint(args.out_dir / "ckpt.pt"), "def " if args.data == "stdlib" else "\n", device))
@@ -641,17 +640,20 @@ def counted_all_reduce(sync, bucket):
     return default_hooks.allreduce_hook(None, bucket)
 
 
+def leave(code, said):
+    """Ends this process at once: the threads of open or dead connections would wait, or turn the exit code into an abort."""
+    print(f"error: {said}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
 if __name__ == "__main__":
     try:
         main()
-        sys.exit()
     except UserError as e:
         if RANK > 0:                                                 # rank 0 says it, and torchrun then ends this rank
             time.sleep(10)
-        code, said = 2, (f"rank {RANK}: " if RANK else "") + str(e)
+        leave(2, (f"rank {RANK}: " if RANK else "") + str(e))
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
-        code, said = 1, f"rank {RANK} waited for the other workers in {PHASE}, but lost them: {str(e).splitlines()[0]}"
-    print(f"error: {said}", file=sys.stderr, flush=True)
-    os._exit(code)                                                   # at once: threads of open or dead connections would wait, or abort
+        leave(1, f"rank {RANK} waited for the other workers in {PHASE}, but lost them: {str(e).splitlines()[0]}")
