@@ -51,6 +51,7 @@ PRESETS = {
     "llama-500m": LlamaConfig(32000, 1280, 3456, 20, 20, 20, 2048),
     "llama-1b": LlamaConfig(32000, 2048, 5504, 18, 32, 32, 2048),
 }
+LOGITS = 2**25                                                       # so many logits are held at a time in training: 128 MiB
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,12 +237,24 @@ class Llama(nn.Module):
                 ("model.norm", self.model.norm),
                 ("lm_head", self.lm_head)]
 
-    def forward(self, tokens):
-        """tokens int64 [B, T] -> logits [B, T, V].  T is at most config.max_position_embeddings."""
+    def forward(self, tokens, targets=None):
+        """tokens int64 [B, T] -> logits [B, T, V]; with targets int64 [B, T], the loss (see `loss`).
+
+        T is at most config.max_position_embeddings.
+        """
+        *stages, (_, head) = self.stages()
         x = tokens
-        for _, stage in self.stages():
+        for _, stage in stages:
             x = stage(x)
-        return x
+        if targets is None:
+            return head(x)
+        # The logits are by far the largest tensor, and the loss would hold them three times: logits, log-probabilities, and
+        # gradient.  So only some rows of them are alive at a time, computed once more in the backward pass
+        x, y, rows = x.flatten(0, 1), targets.flatten(), LOGITS // self.config.vocab_size
+        if len(y) <= rows:
+            return loss(head(x), y)
+        part = lambda x, y: loss(head(x), y) * len(y)
+        return sum(checkpoint(part, *xy, use_reentrant=False) for xy in zip(x.split(rows), y.split(rows))) / len(y)
 
     @torch.no_grad()
     def generate(self, tokens, count, temperature=0.8, generator=None):
@@ -254,5 +267,5 @@ class Llama(nn.Module):
 
 
 def loss(logits, targets):
-    """Mean cross-entropy in nats per token.  logits [B, T, V], targets int64 [B, T]."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    """Mean cross-entropy in nats per token.  logits [..., V], targets int64 [...]."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())

@@ -202,12 +202,12 @@ class ResNet(nn.Module):
                 *((path, partial(block, self.get_submodule(path))) for path in blocks(self.config)),
                 ("fc", lambda x: self.fc(x.mean((2, 3))))]
 
-    def forward(self, images):
-        """images float [B, 3, H, H], normalised -> logits [B, num_classes]."""
+    def forward(self, images, labels=None):
+        """images float [B, 3, H, H], normalised -> logits [B, num_classes]; with labels int64 [B], the loss (see `loss`)."""
         x = images
         for _, stage in self.stages():
             x = stage(x)
-        return x
+        return x if labels is None else loss(x, labels)
 
 
 def loss(logits, labels):

@@ -334,12 +334,21 @@ class Simulation:
 # wait for ever.  So every worker sends its buckets in one global order, and a bucket that is complete early waits its turn.
 
 class Piece(NamedTuple):
-    """The run of one full parameter that one set of subnets holds together."""
+    """The rows of one full parameter that one set of subnets holds together, and where this worker has them."""
     full: str
     holders: tuple                  # subnets
-    start: int                      # first row in this worker's tensor: the held one if it holds them, else that of `rest`
-    length: int | None              # number of rows; None: the whole parameter
+    share: float                    # 1/|H_j|
     numel: int
+    held: bool                      # does this worker train it?
+    local: str | None               # if so, its parameter; else, under backward masking, the frozen one; else None
+    dim: int | None = None          # rows start to start + length along dim of it; None: all of it
+    start: int = 0
+    length: int = 0
+
+
+def _views(pieces, flat):
+    """Pairs of a piece and its place in the bucket `flat`."""
+    return zip(pieces, flat.split([p.numel for p in pieces]))
 
 
 class SubnetDataParallel:
@@ -369,7 +378,6 @@ class SubnetDataParallel:
         self.device, self.dtype = next((p.device, p.dtype) for p in self.params.values())
         if any(p.dtype != self.dtype for p in self.params.values()):
             raise ValueError("all parameters must have one dtype, since they share buckets")
-        self.sent_bytes = 0                                          # by this worker, so far
         self._plan(bucket_bytes, backward, timeout)
         # NCCL: collectives are issued inside one side stream, so that those of overlapping groups keep their order
         nccl = self.device.type == "cuda" and "nccl" in dist.get_backend_config()
@@ -402,33 +410,49 @@ class SubnetDataParallel:
 
         def pieces_of(full):
             branch, dim, shape = self.layout[full]
+
+            def piece(who, numel, *where):
+                held = self.subnet in who
+                return Piece(full, who, 1 / self._count(who), numel, held, self._local.get((full, held)), *where)
+
             if dim is None:
                 who = everyone if branch is None else tuple(self.masks[branch].any(0).nonzero().flatten().tolist())
-                return [Piece(full, who, 0, None, shape.numel())]
+                return [piece(who, shape.numel())]
             per, pieces = shape[dim] // len(self.masks[branch]), []
+            of_kind = {kind: [n if (self.subnet in s) == kind else 0 for s, n in zip(sets, count[branch])] for kind in (True, False)}
             for i, (s, n) in enumerate(zip(sets, count[branch])):
                 if n:                                                # before it lie the sets of its kind, held or frozen
-                    first = sum(m for t, m in zip(sets[:i], count[branch]) if (self.subnet in t) == (self.subnet in s))
-                    pieces.append(Piece(full, s, first * per, n * per, shape.numel() // len(self.masks[branch]) * n))
+                    mine = of_kind[self.subnet in s]
+                    where = (dim, sum(mine[:i]) * per, n * per) if n < sum(mine) else ()
+                    pieces.append(piece(s, shape.numel() // len(self.masks[branch]) * n, *where))
             return pieces
 
-        # Fill a bucket for each holder set, in the order of the backward pass; buckets are sent in that of their last gradient
-        filling, buckets = defaultdict(list), []
+        # Go through the parameters in the order of the backward pass.  Each window of about bucket_bytes makes one bucket for
+        # each holder set, which is sent when the last of its gradients is there
+        window, filled, buckets = defaultdict(list), 0, []
         for turn, full in enumerate(reversed(self.layout)):
             for piece in pieces_of(full):
                 # A norm is held by all who hold a neuron of its branch.  Where that is none of the holder sets, there is
                 # no group for it: the whole world takes part, the others with zeros
-                group = piece.holders if piece.holders in sets else everyone
-                filling[group].append((turn, piece))
-                if sum(p.numel for _, p in filling[group]) * self.dtype.itemsize >= bucket_bytes:
-                    buckets.append((group, filling.pop(group)))
-        buckets = sorted(buckets + list(filling.items()), key=lambda bucket: bucket[1][-1][0])
+                window[piece.holders if piece.holders in sets else everyone].append((turn, piece))
+            filled += self.layout[full][2].numel() * self.dtype.itemsize
+            if filled >= bucket_bytes or turn == len(self.layout) - 1:
+                buckets += sorted(window.items(), key=lambda bucket: bucket[1][-1][0])
+                window, filled = defaultdict(list), 0
         self.buckets = [(group, [piece for _, piece in pieces]) for group, pieces in buckets]
         self._mine = [(group, pieces) for group, pieces in self.buckets if self.subnet in group]
         self._buckets_of = defaultdict(list)                         # full name -> numbers of my buckets with pieces of it
         for i, (_, pieces) in enumerate(self._mine):
-            for full in {p.full for p in pieces if self.subnet in p.holders}:
+            for full in {p.full for p in pieces if p.held}:
                 self._buckets_of[full].append(i)
+        # For the norm: of each parameter its pieces, or if all of them have equally many holders, all of it at once
+        parts = defaultdict(list)
+        for _, pieces in self._mine:
+            for p in pieces:
+                if p.held:
+                    parts[p.local].append(p)
+        self._normed = [p for pieces in parts.values() for p in
+                        (pieces if len({p.share for p in pieces}) > 1 else [pieces[0]._replace(dim=None)])]
 
         # A group for each holder set and, for backward masking, one of a holder (the root) and all non-holders.  Making a
         # group is itself collective: all ranks make all groups, in the same order
@@ -447,6 +471,17 @@ class SubnetDataParallel:
                     others[group] = dist.new_group(members, timeout=timeout)
                 if group == everyone or self.rank in members:
                     self._refreshes.append((root, others[group], [p for p in pieces if p.holders == who]))
+        self._made = [g for g in (*self._groups.values(), *others.values()) if g is not dist.group.WORLD]
+
+        # What this worker sends in one update, by the two formulas above
+        size = lambda pieces: sum(p.numel for p in pieces) * self.dtype.itemsize
+        self.sent_bytes = (sum(size(pieces) * 2 * (1 - 1 / self._count(group)) for group, pieces in self._mine)
+                           + sum(size(pieces) * (1 - 1 / dist.get_world_size(group)) for _, group, pieces in self._refreshes))
+
+    def close(self):
+        """Ends the process groups that were made for this wrapper.  Collective."""
+        for group in self._made:
+            dist.destroy_process_group(group)
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
@@ -481,21 +516,24 @@ class SubnetDataParallel:
         h = self._count(group)
         if h == 1:
             return                                                   # nobody to average with
-        with self._side_stream():
-            flat = self._pack(pieces, lambda p: p.grad, scale=True)
+        flat, back = self._pack(pieces, lambda p: p.grad, scale=True), []
+        for piece, new in _views(pieces, flat):
+            if piece.held and piece.dim is None:
+                p = self.params[piece.local]
+                p.grad = new.view(p.shape)                           # now it lives in the bucket: nothing to copy back
+            elif piece.held:
+                back.append((piece, new))                            # some rows of a parameter that several sets share
+        with self._side_stream(flat):
             work = dist.all_reduce(flat, group=self._groups[group], async_op=not self._stream)
-            self.sent_bytes += flat.nbytes * 2 * (h - 1) / h
-            if self._stream:
-                self._unpack(pieces, flat, lambda p: p.grad)         # the stream keeps the order
-            else:
-                self._flying.append((work, pieces, flat))
-                while self._flying and self._flying[0][0].is_completed():    # keep no more buckets than are under way
-                    self._land()
+            self._flying.append((work, flat, back))
+            while self._flying and (self._stream or self._flying[0][0].is_completed()):
+                self._land()                                         # keep no more buckets than are under way
 
     def _land(self):
-        work, pieces, flat = self._flying.pop(0)
-        work.wait()
-        self._unpack(pieces, flat, lambda p: p.grad)
+        work, flat, back = self._flying.pop(0)
+        if work:                                                     # None: the side stream keeps the order
+            work.wait()
+        self._unpack(back, lambda p: p.grad)
 
     @torch.no_grad()
     def finish(self):
@@ -517,14 +555,12 @@ class SubnetDataParallel:
 
         Each parameter counts once: every one of its h holders adds 1/h of its square, and the world adds up.
         """
-        shares = defaultdict(list)                                   # h -> the pieces held by h workers
-        for _, pieces in self._mine:
-            for piece in pieces:
-                if self.subnet in piece.holders:
-                    shares[self._count(piece.holders)].append(self._part(piece, lambda p: p.grad))
+        parts = defaultdict(list)                                    # 1/h -> gradients of what h workers hold
+        for piece in self._normed:
+            parts[piece.share].append(self._part(piece, lambda p: p.grad))
         square = torch.zeros((), dtype=torch.float64, device=self.device)
-        for h, parts in shares.items():
-            square += nn.utils.get_total_norm(parts).double() ** 2 / h
+        for share, grads in parts.items():
+            square += nn.utils.get_total_norm(grads).double() ** 2 * share
         dist.all_reduce(square)
         norm = square.sqrt().to(self.dtype)
         nn.utils.clip_grads_with_norm_(self.trained().values(), max_norm, norm)
@@ -540,8 +576,8 @@ class SubnetDataParallel:
         def land(work, pieces, flat):
             if work:
                 work.wait()
-            if self.subnet not in pieces[0].holders:
-                self._unpack(pieces, flat, lambda p: p.data)
+            if not pieces[0].held:
+                self._unpack(_views(pieces, flat), lambda p: p.data)
 
         with self._side_stream():
             for root, group, pieces in self._refreshes:
@@ -550,7 +586,6 @@ class SubnetDataParallel:
                 else:
                     flat = torch.empty(sum(p.numel for p in pieces), dtype=self.dtype, device=self.device)
                 flying.append((dist.broadcast(flat, root, group, async_op=not self._stream), pieces, flat))
-                self.sent_bytes += flat.nbytes * (1 - 1 / dist.get_world_size(group))
                 while flying and (self._stream or flying[0][0].is_completed()):
                     land(*flying.pop(0))
             for item in flying:
@@ -561,32 +596,30 @@ class SubnetDataParallel:
 
     def _part(self, piece, of, tensors=None):
         """The piece as a view into this worker's weight or gradient; None if it has no such thing."""
-        local = self._local.get((piece.full, self.subnet in piece.holders))
-        tensor = local and of((tensors or self.params)[local])
-        if tensor is None or piece.length is None:
-            return tensor
-        return tensor.narrow(self.layout[piece.full][1], piece.start, piece.length)
+        tensor = piece.local and of((tensors or self.params)[piece.local])
+        return tensor if tensor is None or piece.dim is None else tensor.narrow(piece.dim, piece.start, piece.length)
 
     def _pack(self, pieces, of, scale=False):
         flat = torch.empty(sum(p.numel for p in pieces), dtype=self.dtype, device=self.device)
-        for piece, to in zip(pieces, flat.split([p.numel for p in pieces])):
+        for piece, to in _views(pieces, flat):
             part = self._part(piece, of)
             if part is None:
                 to.zero_()                                           # not a holder, here only because of the group
             else:                                                    # 1/|H_j|
-                torch.mul(part, 1 / self._count(piece.holders) if scale else 1, out=to.view(part.shape))
+                torch.mul(part, piece.share if scale else 1, out=to.view(part.shape))
         return flat
 
-    def _unpack(self, pieces, flat, of):
-        for piece, new in zip(pieces, flat.split([p.numel for p in pieces])):
+    def _unpack(self, views, of):
+        for piece, new in views:
             part = self._part(piece, of)
-            if part is not None:
-                part.copy_(new.view(part.shape))
+            part.copy_(new.view(part.shape))
 
-    def _side_stream(self):
+    def _side_stream(self, *tensors):
         if not self._stream:
             return nullcontext()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        for t in tensors:
+            t.record_stream(self._stream)                            # its memory is not reused before this stream is done with it
         return torch.cuda.stream(self._stream)
 
     def _join(self):

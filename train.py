@@ -8,6 +8,7 @@ Trains a LLaMA or a ResNet-18 with Subnetwork Data Parallelism.
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import math
@@ -16,20 +17,29 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import nullcontext
+from collections import OrderedDict
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed._tools.fake_collectives import CollectiveOp
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 import data
 import model_llama as llama
@@ -92,6 +102,8 @@ def parse(argv):
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the matrix products; weights are fp32 [%(default)s]")
     p.add_argument("--compile", action="store_true", help="torch.compile, block by block")
     p.add_argument("--checkpoint-activations", action="store_true", help="recompute each block in the backward pass")
+    p.add_argument("--plan", action="store_true", help="print who holds what, and what each variant needs; train nothing")
+    p.add_argument("--bench", metavar="N", type=positive, help="time N updates of each variant, measure memory and bytes; train nothing")
     p.add_argument("--sample", metavar="TEXT", help="with --resume: print a continuation of TEXT and stop")
     return p.parse_args(argv)
 
@@ -139,8 +151,8 @@ def stop(*_):
     STOP = True
 
 
-def start_processes(wanted, timeout):
-    """Joins the other ranks; returns this rank's device.  NCCL where each rank has a GPU of its own, otherwise gloo."""
+def pick_device(wanted):
+    """This rank's device, and the backend: NCCL where each rank has a GPU of its own, otherwise gloo."""
     try:
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -157,6 +169,12 @@ def start_processes(wanted, timeout):
         if (device.index or 0) >= gpus:
             raise UserError(f"--device {wanted}: this machine has CUDA devices 0 to {gpus - 1}")
         torch.cuda.set_device(device.index or 0)
+    return device, backend
+
+
+def start_processes(wanted, timeout):
+    """Joins the other ranks; returns this rank's device."""
+    device, backend = pick_device(wanted)
     if DISTRIBUTED:
         wait = timedelta(seconds=timeout)
         store, rank, world = next(rendezvous("env://", timeout=wait))
@@ -203,6 +221,80 @@ def over_ranks(values, op, device):
     if DISTRIBUTED:
         dist.all_reduce(values, op=op)
     return values.tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From flags to workers
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Design:
+    """Who holds what, as the flags say.  Alike on every rank, and nothing of the model's size is in memory yet."""
+
+    def __init__(self, args, config, masks=None):
+        self.args, self.config = args, config
+        self.family, self.Model = (resnet, resnet.ResNet) if args.model == "resnet18" else (llama, llama.Llama)
+        self.branches, self.layout = self.family.branches(config), self.family.layout(config)
+        self.masks, self.backward = masks, args.masking == "backward"
+        if args.parallel != "sdp":                                   # no masks, no branches: everything is shared
+            self.masks, self.layout = {}, {name: (None, None, shape) for name, (_, _, shape) in self.layout.items()}
+        elif masks is None:
+            make = sdp.block_masks if args.level == "block" else sdp.neuron_masks
+            self.masks = make(self.branches, args.subnets, coverage_to_held(args.coverage, args.subnets), args.seed)
+
+    def model(self, subnet, device="meta", fake=nullcontext()):
+        """The model that a worker with this subnetwork trains, without masks the whole one.  `fake` may be a FakeTensorMode."""
+        held = sdp.held_counts(self.masks, subnet) if self.masks else {b: neurons for b, (_, neurons, *_) in self.branches.items()}
+        with fake, torch.device(device):
+            return self.Model(self.config, held, self.backward)
+
+    def initial(self, subnet, device):
+        """The same with its weights, as they are at the start of a run."""
+        value = sdp.fresh(self.layout, partial(self.family.init, self.config), self.args.seed)
+        return sdp.materialize(self.model(subnet), self.masks, self.layout, subnet, value, device)
+
+    def wrap(self, model):
+        """Makes this rank's model, which has its weights, ready to be trained as --parallel says."""
+        args = self.args
+        model.checkpoint_activations = args.checkpoint_activations
+        if args.compile:                                             # block by block: gradients still come one block at a time
+            for path in blocks_of(model):
+                model.get_submodule(path).compile()
+        with unset_fake_temporarily():                               # masks are real numbers even where the model is not (--plan)
+            if args.parallel == "fsdp":
+                mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+            else:
+                sync = sdp.SubnetDataParallel(model, self.masks, self.layout, self.backward, reduce=args.parallel == "sdp",
+                                              timeout=timedelta(seconds=args.timeout))
+        if args.parallel == "fsdp":
+            return Sharded(model, mesh)
+        if args.parallel == "ddp":            # torch's own averages the gradients (reduce=False); sync still clips and gathers
+            sync.module = DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)
+            sync.no_sync = sync.module.no_sync
+            if dist.get_backend() == "fake":
+                sync.module.register_comm_hook(None, without_peers)
+        return sync
+
+
+def blocks_of(model):
+    return [path for path, _ in model.stages() if "layer" in path]
+
+
+def accumulate(sync, batch, micro_steps, autocast):
+    """Forward and backward passes of one update; batch(worker, micro step) -> inputs, targets.  Returns the sum of the workers' losses."""
+    total = 0.0
+    for worker in sync.workers:                                      # one under torchrun, all of them without
+        for micro in range(micro_steps):
+            with nullcontext() if micro == micro_steps - 1 else sync.no_sync():
+                with autocast:
+                    loss = sync.run(worker, *(t.to(sync.device) for t in batch(worker, micro))) / micro_steps
+                loss.backward()
+            total = total + loss.detach()
+    sync.finish()                                                    # gradients are averages over their holders
+    return total
+
+
+def max_norm(args):
+    return math.inf if args.model == "resnet18" else 1.0             # image recipes do not clip; the norm is logged
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,6 +347,13 @@ def log(path, line):
         raise UserError(f"cannot write {path} ({e.strerror}); make room and go on with --resume") from None
 
 
+def write_rows(path, rows):
+    try:
+        path.write_text("[" + ",\n ".join(map(json.dumps, rows)) + "]\n")
+    except OSError as e:
+        raise UserError(f"cannot write {path} ({e.strerror})") from None
+
+
 def find_checkpoint(out_dir):
     """Path of the newest intact checkpoint, or None.
 
@@ -289,28 +388,37 @@ def load_checkpoint(path):
 # The numbers
 # ---------------------------------------------------------------------------------------------------------------------
 
-def measure_flops(model, loss, batch):
+def measure_flops(model, batch):
     """FLOPs of one forward and backward pass, counted by torch from the operations of a run on the meta device."""
-    x, y = (t.to("meta") for t in batch)
     with FlopCounterMode(display=False) as counter:
-        loss(model(x), y).backward()
+        model(*(t.to("meta") for t in batch)).backward()
     return counter.get_total_flops()
 
 
-def describe_workers(subnets, masks, layout, whole, loss, batch):
+def describe_masks(design):
+    rows, neurons = sdp.rows_of(design.masks)
+    say(sdp.picture(design.masks, design.branches))
+    say("\n  largest load / mean: " + ", ".join(f"{x:.2f} {kind}" for x, kind in zip(
+        sdp.loads(design.masks, design.branches).max(0), ("bytes", "FLOPs", "activations")))
+        + f"; spectral gap {sdp.spectral_gap(rows, neurons)[0]:.2f}")
+    for warning in sdp.check_masks(design.masks, design.branches):
+        say(f"warning: {warning}")
+
+
+def describe_workers(design, modules, batch):
     """Prints what one worker holds against plain data parallelism; returns FLOPs: mean over the workers, and DDP's."""
-    states = 1 if isinstance(whole, resnet.ResNet) else 2            # momentum, or Adam's two moments
+    states = 1 if design.family is resnet else 2                     # momentum, or Adam's two moments
 
     def row(model, trains):
         numel = {local: p.numel() for local, p in model.named_parameters()}
         mine = sum(n for local, n in numel.items() if trains(local))
-        return 4 * sum(numel.values()), 4 * mine, 4 * states * mine, measure_flops(model, loss, batch)
+        return 4 * sum(numel.values()), 4 * mine, 4 * states * mine, measure_flops(model, batch)
 
     rows = []
-    for s, model in enumerate(subnets):
-        slots = sdp.slots(model, masks, layout, s)
+    for s, model in enumerate(modules):
+        slots = sdp.slots(model, design.masks, design.layout, s)
         rows.append(row(model, lambda local: slots[local].trains))
-    ddp = row(whole, lambda local: True)
+    ddp = row(Design(argparse.Namespace(**{**vars(design.args), "parallel": "ddp"}), design.config).model(0), lambda local: True)
     say(f"\n  {'one worker':22}{'DDP':>12}{'largest here':>14}")
     for i, (name, unit) in enumerate((("parameters, MB", 1e6), ("gradients, MB", 1e6), ("optimizer state, MB", 1e6),
                                       ("GFLOPs a micro-step", 1e9))):
@@ -371,10 +479,10 @@ def evaluate(sync, full, dataset, loss, autocast):
 
 def make_optimizer(params, lr, images):
     """The usual recipes: momentum for images (as in arXiv 1708.04552, section 4.1), AdamW for text."""
-    if images:
-        return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    if images:                                                       # fused: three times faster, and no temporary tensors
+        return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
     return torch.optim.AdamW([{"params": [p for p in params if p.dim() > 1], "weight_decay": 0.1},
-                              {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95))
+                              {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(step, steps, peak, last):
@@ -400,8 +508,303 @@ def sample(checkpoint, prompt, device, count=200):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# --plan and --bench: what a worker needs, under SDP and under what people would use instead
+# ---------------------------------------------------------------------------------------------------------------------
+
+VARIANTS = {                                                         # name -> the flags that make it
+    "ddp": dict(parallel="ddp"),
+    "ddp-checkpoint": dict(parallel="ddp", checkpoint_activations=True),
+    "fsdp": dict(parallel="fsdp"),
+    **{f"sdp-{masking}-{level}": dict(parallel="sdp", masking=masking, level=level)
+       for masking in ("forward", "backward") for level in ("block", "neuron")},
+}
+WARM_UP, TIMED = 2, 5                                                # updates of a variant between building it and tearing it down
+
+
+class Sharded:
+    """FSDP2, `fully_shard` on each block, with the interface of sdp.SubnetDataParallel as far as it is needed here."""
+
+    no_sync = nullcontext
+
+    def __init__(self, model, mesh):
+        self.device, self.workers, self.module = next(model.parameters()).device, [dist.get_rank()], model
+        for path in blocks_of(model):
+            fully_shard(model.get_submodule(path), mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+    def trained(self):
+        return dict(self.module.named_parameters())
+
+    def run(self, worker, *inputs):
+        return self.module(*inputs)
+
+    def clip_grad_norm(self, max_norm):
+        return nn.utils.clip_grad_norm_(self.module.parameters(), max_norm)
+
+    def finish(self):
+        pass                                                         # its own hooks wait
+
+    refresh = close = finish
+
+
+class SentBytes(TorchDispatchMode):
+    """Counts what this worker sends in the collectives issued inside, each done by an optimal (ring) algorithm: among n
+    workers (n-1)/n of a tensor's bytes, twice that for an all-reduce.  Single numbers are not counted."""
+
+    TIMES = {torch.ops.c10d.allreduce_.default: 2, torch.ops.c10d.broadcast_.default: 1,
+             torch.ops.c10d._allgather_base_.default: 1, torch.ops.c10d._reduce_scatter_base_.default: 1}
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in self.TIMES:
+            size, n = CollectiveOp.get_comm_tensor_size(func, result, args, kwargs), CollectiveOp.get_process_group(func, args).size()
+            self.total += self.TIMES[func] * size * (n - 1) / n if size > 8 else 0
+        return result
+
+
+class Tracker(MemTracker):
+    """torch's memory tracker, but for models with frozen parameters too, and without its statistics of each module: those
+    are not used here, and take most of the time."""
+
+    def _track_module_params_and_buffers(self, module, install_grad_hooks=True):
+        for p in module.parameters():
+            if not p.requires_grad:
+                self._param_to_grad_hook_handles[p] = RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict())
+        return super()._track_module_params_and_buffers(module, install_grad_hooks)
+
+    def _update_peak_stats(self, peak_state):
+        modules, self.memory_tracking = self.memory_tracking, {}
+        super()._update_peak_stats(peak_state)
+        self.memory_tracking = modules
+
+
+@contextmanager
+def alone(rank, world):
+    """Makes this process worker `rank` of `world` without the others: torch's fake process group takes every message and brings none."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def without_peers(_, bucket):
+    """DDP's communication hook under the fake process group, whose own results DDP cannot read."""
+    dist.all_reduce(bucket.buffer())
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def update(sync, optimizer, batch, args, autocast):
+    """One update, as in training (which also checks that loss and gradient are finite)."""
+    accumulate(sync, batch, args.grad_accum, autocast)
+    sync.clip_grad_norm(max_norm(args))
+    optimizer.step()
+    optimizer.zero_grad()
+    sync.refresh()
+
+
+def first_update(design, model, batch, autocast, fake=nullcontext()):
+    """Wraps a worker's model and runs one update under torch's memory tracker.
+
+    Returns what `wrap` made, the optimizer, {"parameters": bytes, ..., "peak": bytes} at the moment of the peak, and the
+    bytes sent.  Inside a FakeTensorMode the tensors are mere shapes, and nothing is computed.
+    """
+    tracker, sent, args = Tracker(), SentBytes(), design.args
+
+    def snapshot(when):
+        return {getattr(kind, "value", kind): size for kind, size in tracker.get_tracker_snapshot(when)[sync.device].items()}
+
+    def fresh(worker, micro):
+        tracker.reset_mod_stats()                                    # or it takes a second micro-step for a mistake
+        return batch(worker, micro)
+
+    with fake:
+        with tracker:
+            sync = design.wrap(model)
+            optimizer = make_optimizer(sync.trained().values(), args.lr, design.family is resnet)
+            for p in sync.trained().values():
+                p.grad = torch.zeros_like(p)
+            optimizer.step()                                         # an optimizer makes its state in its first step
+            optimizer.zero_grad()
+            tracker.track_external(sync.module, optimizer)           # tells it which tensors are what
+        buckets = snapshot("current")["Activation"] if args.parallel == "ddp" else 0     # what is left: the buckets of gradients
+        with tracker, sent:                                          # the peak is counted from here
+            update(sync, optimizer, fresh, args, autocast)
+    at = snapshot("peak")
+    memory = {"parameters": at["Parameter"] + at["Buffer"], "gradients": at["Gradient"] + buckets, "optimizer": at["Optstate"],
+              "activations": at["Activation"] - buckets, "temporary": at["Temp"] + at["Other"], "peak": at["Total"]}
+    return sync, optimizer, memory, round(sent.total)
+
+
+def designs(args, config):
+    return {name: Design(argparse.Namespace(**{**vars(args), "parallel": "sdp", **flags}), config) for name, flags in VARIANTS.items()}
+
+
+def largest(design):
+    """Subnetworks that can be the one with the highest peak: with most bytes, most activations, most of both together."""
+    if not design.masks:
+        return [0]
+    load = sdp.loads(design.masks, design.branches)[:, [0, 2]]       # [subnets, (bytes, activations)]
+    return sorted({int(s) for s in (*load.argmax(0), load.sum(1).argmax())})
+
+
+def size_of(design, world, batch):
+    """"params" and "flops" of a row: number of parameters, and FLOPs of one update, of the worker with most."""
+    models = [design.model(s) for s in range(design.args.subnets if design.masks else 1)]
+    params = max(sum(p.numel() for p in m.parameters()) for m in models)
+    s = int(sdp.loads(design.masks, design.branches)[:, 1].argmax()) if design.masks else 0
+    most, _ = models[s], sdp.slots(models[s], design.masks, design.layout, s)            # which freezes what does not train
+    most.checkpoint_activations = design.args.checkpoint_activations
+    return {"params": -(-params // world) if design.args.parallel == "fsdp" else params,
+            "flops": measure_flops(most, batch) * design.args.grad_accum}
+
+
+def plan(args, device):
+    """Prints, and writes to plan.json, what a worker of each variant will need.  Trains nothing, allocates nothing of any size."""
+    given = args.data
+    settle(args, None)
+    world = WORLD if DISTRIBUTED else args.subnets
+    config = {**llama.PRESETS, **resnet.PRESETS}[args.model]
+    if args.model == "resnet18":
+        config = replace(config, num_classes=data.IMAGES[args.data][0])
+        batch = torch.empty(args.batch_size, 3, config.image_size, config.image_size, device="meta"), (args.batch_size,)
+    else:
+        config = load_data(args, device)[1] if given else replace(config, vocab_size=32000)
+        batch = torch.empty(args.batch_size, args.seq_len, dtype=torch.int64, device="meta"), (args.batch_size, args.seq_len)
+    batch = batch[0], torch.empty(batch[1], dtype=torch.int64, device="meta")
+    make_folder(args.out_dir)
+
+    def row(name, design):
+        row, fake = {"variant": name, **size_of(design, world, batch)}, FakeTensorMode(allow_non_fake_inputs=True)
+        for rank in largest(design):
+            with alone(rank, world):
+                with fake:
+                    inputs = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in batch]
+                *_, memory, sent = first_update(design, design.model(rank, device, fake), lambda *_: inputs, autocast_of(args, device), fake)
+            row["memory"] = max(memory, row.get("memory", memory), key=lambda m: m["peak"])
+        for rank in range(world) if design.masks else ():
+            with alone(rank, world):
+                sent = max(sent, sdp.SubnetDataParallel(design.model(rank % args.subnets), design.masks, design.layout, design.backward).sent_bytes)
+        return {**row, "sent_bytes": round(sent)}
+
+    all_designs = designs(args, config)
+    say(f"{args.model}, {world} workers, {args.subnets} subnetworks, coverage {args.coverage}, batch {args.batch_size} a worker, "
+        f"{device.type}, {args.dtype}; who holds what at {args.level} level (subnets across):\n")
+    describe_masks(all_designs[f"sdp-forward-{args.level}"])
+    rows = [row(name, design) for name, design in all_designs.items()]
+    say_rows(rows)
+
+    say(f"\nForward masking, {args.level} level, peak memory at other coverages:")
+    peak, saved = rows[0]["memory"]["peak"], {}
+    for held in range(1, args.subnets + 1):
+        coverage = f"{held}/{args.subnets}"
+        at = argparse.Namespace(**{**vars(args), "parallel": "sdp", "masking": "forward", "coverage": coverage})
+        rows.append(row(f"sdp-forward-{args.level} at {coverage}", Design(at, config)))
+        saved[coverage] = 1 - rows[-1]["memory"]["peak"] / peak
+        say(f"  {coverage}: {si(rows[-1]['memory']['peak'])}B, {saved[coverage]:4.0%} less than ddp")
+    for wanted in 0.28, 0.60:
+        enough = [coverage for coverage, part in saved.items() if part >= wanted]
+        say(f"  {wanted:.0%} less: " + (f"at coverage {enough[-1]} or below" if enough else "at none; what all workers hold is too much"))
+    write_rows(args.out_dir / "plan.json", rows)
+
+
+def bench(args, device):
+    """Times --bench updates of each variant, measures memory and bytes.  The variants take turns, so that all of them see the
+    same weather, and each is torn down before the next is built, so that memory is its own.
+
+    Without torchrun: the worker with most to hold, without its peers, hence without communication.
+    """
+    settle(args, None)
+    dataset, config, _ = load_data(args, device)
+    world = WORLD if DISTRIBUTED else args.subnets
+    batch = lambda worker, micro: dataset.batch("train", micro, worker, world)
+    make_folder(args.out_dir)
+    todo, rows, rounds = args.bench, {}, []
+    say(f"{args.model} on {args.data}, {world} workers{'' if DISTRIBUTED else ', of which one is here, without communication'}, {args.subnets} "
+        f"subnetworks, coverage {args.coverage}, batch {args.batch_size} a worker, {device.type}, {args.dtype}{', compiled' if args.compile else ''}")
+    while todo > 0:
+        rounds.append({})
+        for name, design in designs(args, config).items():
+            phase(f"the bench of {name}")
+            with nullcontext() if DISTRIBUTED else alone(largest(design)[-1], world):
+                subnet = dist.get_rank() % args.subnets
+                sync, optimizer, memory, sent = first_update(design, design.initial(subnet, device), batch, autocast_of(args, device))
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                ms = []
+                for i in range(WARM_UP + min(TIMED, todo)):
+                    begin = time.perf_counter()
+                    update(sync, optimizer, batch, args, autocast_of(args, device))
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                    ms.append((time.perf_counter() - begin) * 1000)
+                if device.type == "cuda":                            # the allocator knows better than the tracker
+                    memory["peak"] = torch.cuda.max_memory_allocated()
+                if todo <= TIMED:
+                    with torch.profiler.profile() if RANK == 0 else nullcontext() as profile:
+                        update(sync, optimizer, batch, args, autocast_of(args, device))
+                    if RANK == 0:
+                        profile.export_chrome_trace(str(args.out_dir / f"trace-{name}.json"))
+                sync.close()
+                del sync, optimizer
+                gc.collect()
+            rounds[-1][name] = over_ranks(ms[WARM_UP:], dist.ReduceOp.MAX, device)       # a step is over when all are done
+            seen = [(memory, sent)] * WORLD
+            if DISTRIBUTED:
+                dist.all_gather_object(seen, (memory, sent))
+            rows[name] = {"variant": name, "memory": max((m for m, _ in seen), key=lambda m: m["peak"]), "sent_bytes": max(s for _, s in seen)}
+        todo -= TIMED
+        say(f"  {min(args.bench, args.bench - todo)} of {args.bench} updates")
+    for name, design in designs(args, config).items():
+        ms = [t for one in rounds for t in one[name]]
+        rows[name].update(size_of(design, world, batch(0, 0)), step_ms=median(ms), step_ms_range=[min(ms), max(ms)],
+                          step_ratio=median([median(one[name]) / median(one["ddp"]) for one in rounds]))
+    say_rows(list(rows.values()))
+    first_rank_first(lambda: write_rows(args.out_dir / "bench.json", list(rows.values())))
+
+
+def si(x):
+    """1234567 -> '1.23 M'"""
+    for unit in ("", "k", "M", "G"):
+        if x < 999.5:
+            break
+        x, unit = x / 1000, "T"
+    return f"{x:.3g} {unit}"
+
+
+def say_rows(rows):
+    """Two tables: each figure with what it is of DDP's, and what the memory consists of."""
+    first, kinds = rows[0], list(rows[0]["memory"])
+    get = {"params": lambda r: r["params"], "FLOPs": lambda r: r["flops"], "peak, B": lambda r: r["memory"]["peak"], "sent, B": lambda r: r["sent_bytes"]}
+    say(f"\n  {'one worker, one update':24}" + "".join(f"{name:>16}" for name in get) + f"{'step, ms (range)':>30}" * ("step_ms" in first))
+    for r in rows:
+        cells = "".join(f"{si(of(r)):>10}{of(r) / max(1, of(first)):>6.0%}" for of in get.values())
+        if "step_ms" in r:
+            cells += f"{r['step_ms']:10.0f} ({r['step_ms_range'][0]:.0f} - {r['step_ms_range'][1]:.0f})".ljust(24) + f"{r['step_ratio']:6.1%}"
+        say(f"  {r['variant']:24}{cells}")
+    say(f"\n  {'at the peak, MB':24}" + "".join(f"{kind:>13}" for kind in kinds))
+    for r in rows:
+        say(f"  {r['variant']:24}" + "".join(f"{r['memory'][kind] / 1e6:13.1f}" for kind in kinds))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
+
+def load_data(args, device):
+    """-> the data set, the model's sizes made to fit it, and the name of the one size that the data decides."""
+    first_rank_first(lambda: data.download_images(args.data))
+    dataset = data.load(args.data, args.batch_size, args.seq_len, args.seed, device)
+    size = "num_classes" if args.data in data.IMAGES else "vocab_size"
+    return dataset, replace({**llama.PRESETS, **resnet.PRESETS}[args.model], **{size: getattr(dataset, size)}), size
+
+
+def autocast_of(args, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
+
 
 def settle(args, checkpoint):
     """Fills in what the flags leave open, and refuses what cannot be."""
@@ -426,14 +829,20 @@ def settle(args, checkpoint):
     elif args.seq_len > (context := llama.PRESETS[args.model].max_position_embeddings):
         raise UserError(f"--seq-len {args.seq_len} is longer than the context of {args.model}, {context}")
     for flag in ("compile", "checkpoint_activations"):
-        if getattr(args, flag) and not DISTRIBUTED:
+        if getattr(args, flag) and not (DISTRIBUTED or args.plan or args.bench):
             raise UserError(f"--{flag.replace('_', '-')} needs real workers: start with torchrun --nproc-per-node=1 or more")
     args.subnets = args.subnets or (WORLD if DISTRIBUTED else 4)
     if DISTRIBUTED and WORLD % args.subnets:
         raise UserError(f"--subnets {args.subnets} does not divide the number of workers, {WORLD}")
     held = args.subnets if args.parallel == "ddp" else coverage_to_held(args.coverage, args.subnets)
     args.coverage = f"{held}/{args.subnets}"
-    return held
+
+
+def make_folder(out_dir):
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write to --out-dir {out_dir}: {e.strerror}") from None
 
 
 def claim(out_dir, resume, overwrite, step):
@@ -448,8 +857,8 @@ def claim(out_dir, resume, overwrite, step):
     old = [f for f in (out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt", metrics) if f.exists()]
     if old and not (resume or overwrite):
         raise UserError(f"{out_dir} already holds a run: --resume goes on with it, --overwrite replaces it")
+    make_folder(out_dir)
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
         for f in old if overwrite else []:
             f.unlink()
         lines = metrics.read_text().splitlines(True) if metrics.exists() else []
@@ -463,9 +872,16 @@ def main(argv=None):
     args = parse(argv)
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite contradict each other; give one of them")
+    modes = [f"--{mode}" for mode in ("plan", "bench", "sample") if getattr(args, mode) not in (None, False)]
+    if len(modes) > 1 or modes and modes[0] != "--sample" and (args.resume or args.overwrite):
+        raise UserError(f"{modes[0]} goes together with none of --plan, --bench, --sample, --resume, --overwrite")
+    if args.plan:
+        return plan(args, pick_device(args.device)[0]) if RANK == 0 else None
     device = start_processes(args.device, args.timeout)
     code = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
     agree({**{f"--{flag.replace('_', '-')}": value for flag, value in vars(args).items()}, "code": code, "torch": torch.__version__})
+    if args.bench:
+        return bench(args, device)
     path = first_rank_first(lambda: find_checkpoint(args.out_dir)) if args.resume else None
     checkpoint = load_checkpoint(path) if path else None
     if args.sample is not None:
@@ -493,49 +909,31 @@ def main(argv=None):
 def train(args, device, checkpoint):
     """The whole run: prepare, loop, evaluate, save.  Returns False if it was told to stop on the way."""
     # -- data, model, and masks: which of the S subnetworks holds which neuron
-    held = settle(args, checkpoint)
-    images = args.data in data.IMAGES
-    family, Model = (resnet, resnet.ResNet) if images else (llama, llama.Llama)
-    first_rank_first(lambda: data.download_images(args.data))
-    dataset = data.load(args.data, args.batch_size, args.seq_len, args.seed, device)
-    size = "num_classes" if images else "vocab_size"                 # the one size of the model that the data decides
-    config = replace(family.PRESETS[args.model], **{size: getattr(dataset, size)})
+    settle(args, checkpoint)
+    dataset, config, size = load_data(args, device)
     if checkpoint and checkpoint["config"][size] != getattr(config, size):
         raise UserError(f"{args.data} now has {size} {getattr(config, size)}, the checkpoint in {args.out_dir} {checkpoint['config'][size]}: "
                         f"bring back the data as it was, or train another model in another --out-dir")
-    branches, layout = family.branches(config), family.layout(config)
-    masks, backward = {}, args.masking == "backward"
-    if args.parallel == "ddp":                                       # no masks, no branches: everything is shared
-        layout = {name: (None, None, shape) for name, (_, _, shape) in layout.items()}
-    else:
-        saved = checkpoint["config"] if checkpoint else {}
-        if all(saved.get(f) == getattr(args, f) for f in ("parallel", "subnets", "coverage", "level")):
-            masks = checkpoint["masks"]
-        else:
-            make = sdp.block_masks if args.level == "block" else sdp.neuron_masks
-            masks = make(branches, args.subnets, held, args.seed)
+    saved = checkpoint["config"] if checkpoint else {}
+    same = all(saved.get(f) == getattr(args, f) for f in ("parallel", "subnets", "coverage", "level"))
+    design = Design(args, config, checkpoint["masks"] if same else None)
+    family, masks, layout = design.family, design.masks, design.layout
+    images = family is resnet
     x, y = dataset.batch("train", 0, 0, 1)
     agree({"data": digest(x, y, *dataset.batch("val", 0, 0, 1)), "masks": digest(*masks.values())})
     start = checkpoint["step"] if checkpoint else 0
     first_rank_first(lambda: claim(args.out_dir, args.resume, args.overwrite, start))
 
     with torch.device("meta"):                                       # shapes without memory
-        full = Model(config)                                         # to evaluate
-        whole = Model(config, {name: neurons for name, (_, neurons, *_) in branches.items()})   # what a worker of DDP trains
-        modules = [Model(config, sdp.held_counts(masks, s), backward) for s in range(args.subnets)] if masks else [whole]
+        full = design.Model(config)                                  # to evaluate
+    modules = [design.model(s) for s in range(args.subnets if masks else 1)]
     workers = WORLD if DISTRIBUTED else args.subnets
     say(f"{args.model} on {args.data}{' (synthetic)' if args.data == 'shapes' else ''}, {args.parallel}, {workers} workers"
         f"{'' if DISTRIBUTED else ' simulated in this process'}, {device.type}, {args.dtype}")
     if masks:
-        rows, neurons = sdp.rows_of(masks)
         say(f"{args.masking} masking, {args.level} level, coverage {args.coverage}; who holds what (subnets across):\n")
-        say(sdp.picture(masks, branches))
-        say("\n  largest load / mean: " + ", ".join(f"{x:.2f} {kind}" for x, kind in zip(
-            sdp.loads(masks, branches).max(0), ("bytes", "FLOPs", "activations")))
-            + f"; spectral gap {sdp.spectral_gap(rows, neurons)[0]:.2f}")
-        for warning in sdp.check_masks(masks, branches):
-            say(f"warning: {warning}")
-    flops, ddp_flops = describe_workers(modules, masks, layout, whole, family.loss, (x, y))
+        describe_masks(design)
+    flops, ddp_flops = describe_workers(design, modules, (x, y))
     steps = round(args.steps * ddp_flops / flops) if args.flop_match else args.steps
 
     # -- this process's worker, or all of them
@@ -543,18 +941,9 @@ def train(args, device, checkpoint):
     if DISTRIBUTED:
         subnet = RANK % len(modules)
         module = sdp.materialize(modules[subnet], masks, layout, subnet, value, device)
-        module.checkpoint_activations = args.checkpoint_activations
-        sync = sdp.SubnetDataParallel(module, masks, layout, backward, reduce=args.parallel == "sdp", timeout=timedelta(seconds=args.timeout))
-        if args.compile:                                             # block by block: gradients still come one block at a time
-            for path, _ in module.stages():
-                if "layer" in path:
-                    module.get_submodule(path).compile()
-        if args.parallel == "ddp":     # torch's own averages the gradients (reduce=False); sync still clips, gathers and counts
-            sync.module = DistributedDataParallel(module, gradient_as_bucket_view=True)
-            sync.module.register_comm_hook(sync, counted_all_reduce)
+        sync = design.wrap(module)
     else:
         sync = sdp.Simulation(modules, masks, layout, value, workers, device)
-    no_sync = sync.module.no_sync if DISTRIBUTED and args.parallel == "ddp" else sync.no_sync
     trained = sync.trained()
     optimizer = make_optimizer(trained.values(), args.lr, images)
     for local, p in trained.items() if checkpoint else ():
@@ -562,32 +951,23 @@ def train(args, device, checkpoint):
             if torch.is_tensor(example):
                 optimizer.state[p][key] = sync.cut(local, lambda name: checkpoint["optimizer"][name][key]).to(device, copy=True)
             elif not images:
-                optimizer.state[p][key] = torch.tensor(float(example))       # Adam's number of updates
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
+                optimizer.state[p][key] = torch.tensor(float(example), device=device)    # Adam's number of updates
+    autocast = autocast_of(args, device)
 
     if DISTRIBUTED:
         sync.check_replicas()                                        # all holders begin with the same bits
 
     # -- the loop
     saved_config = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, **asdict(config)}
-    since, done, sent = time.perf_counter(), start, sync.sent_bytes
+    since, done = time.perf_counter(), start
     skipped = in_a_row = 0                                           # updates that were not finite
     for step in range(start, steps):
         phase(f"step {step + 1}")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr, 0.0 if images else 0.1)
-        total = 0.0
-        for worker in sync.workers:                                  # one under torchrun, all of them without
-            for micro in range(args.grad_accum):
-                x, y = dataset.batch("train", step * args.grad_accum + micro, worker, workers)
-                last = micro == args.grad_accum - 1
-                with nullcontext() if last else no_sync():
-                    with autocast:
-                        loss = family.loss(sync.run(worker, x.to(device)), y.to(device)) / args.grad_accum
-                    loss.backward()
-                total = total + loss.detach()
-        sync.finish()                                                # gradients are averages over their holders
-        norm = sync.clip_grad_norm(math.inf if images else 1.0)      # image recipes do not clip; the norm is logged
+        total = accumulate(sync, lambda worker, micro: dataset.batch("train", step * args.grad_accum + micro, worker, workers),
+                           args.grad_accum, autocast)
+        norm = sync.clip_grad_norm(max_norm(args))
         mean, stops = over_ranks([float(total) / workers, STOP], dist.ReduceOp.SUM, device)
         if math.isfinite(mean) and math.isfinite(norm):              # both numbers, and so the decision, are everybody's
             optimizer.step()
@@ -605,7 +985,7 @@ def train(args, device, checkpoint):
         if evaluates or now % args.log_every == 0:
             ms = (time.perf_counter() - since) * 1000 / (now - done)
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else -1
-            most, peak = over_ranks([(sync.sent_bytes - sent) / (now - done), peak], dist.ReduceOp.MAX, device)
+            most, peak = over_ranks([sync.sent_bytes, peak], dist.ReduceOp.MAX, device)
             speed = workers * args.grad_accum * y.numel() / ms * 1000
             line = {"step": now, "loss": mean, "lr": group["lr"], "grad_norm": float(norm), "step_ms": ms,
                     f"{dataset.unit}_per_s": speed, "sent_bytes": round(most), "peak_mem_bytes": int(peak) if peak >= 0 else None, "skipped": skipped}
@@ -620,7 +1000,7 @@ def train(args, device, checkpoint):
                     line["val_acc"], more = accuracy, f", accuracy {accuracy:.2%}"
                 say(f"{'':18}full model: validation loss {line['val_loss']:.4f} nats{more}")
             first_rank_first(lambda: log(args.out_dir / "metrics.jsonl", line))
-            since, done, sent = time.perf_counter(), now, sync.sent_bytes
+            since, done = time.perf_counter(), now
         if end or stops or now % args.save_every == 0:
             phase(f"the checkpoint after step {now}")
             paused = time.perf_counter()
@@ -632,12 +1012,6 @@ def train(args, device, checkpoint):
             say(f"told to stop (SIGTERM): saved after step {now}; the same command with --resume goes on from there")
             return False
     return True
-
-
-def counted_all_reduce(sync, bucket):
-    """DDP's own way to average gradients, with the bytes counted."""
-    sync.sent_bytes += bucket.buffer().nbytes * 2 * (sync.size - 1) / sync.size
-    return default_hooks.allreduce_hook(None, bucket)
 
 
 def leave(code, said):
