@@ -258,7 +258,7 @@ def shift_and_mirror(x, rng, most=4):
     columns = torch.where(torch.rand(B, 1, generator=rng) < 0.5, columns, columns.flip(1))
     rows, columns, image = rows.to(x.device), columns.to(x.device), torch.arange(B, device=x.device)
     padded = F.pad(x, (most,) * 4)
-    return padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}

@@ -346,11 +346,6 @@ class Piece(NamedTuple):
     length: int = 0
 
 
-def _views(pieces, flat):
-    """Pairs of a piece and its place in the bucket `flat`."""
-    return zip(pieces, flat.split([p.numel for p in pieces]))
-
-
 class SubnetDataParallel:
     """Wraps the subnetwork of this process, much as DistributedDataParallel wraps a model.
 
@@ -440,14 +435,15 @@ class SubnetDataParallel:
                 buckets += sorted(window.items(), key=lambda bucket: bucket[1][-1][0])
                 window, filled = defaultdict(list), 0
         self.buckets = [(group, [piece for _, piece in pieces]) for group, pieces in buckets]
-        self._mine = [(group, pieces) for group, pieces in self.buckets if self.subnet in group]
-        self._buckets_of = defaultdict(list)                         # full name -> numbers of my buckets with pieces of it
+        self._mine = [(group, pieces) for group, pieces in self.buckets if self.subnet in group and self._count(group) > 1]
+        self._places = defaultdict(list)                             # full name -> numbers of my buckets, and of its piece in each
         for i, (_, pieces) in enumerate(self._mine):
-            for full in {p.full for p in pieces if p.held}:
-                self._buckets_of[full].append(i)
+            for j, p in enumerate(pieces):
+                if p.held:
+                    self._places[p.full].append((i, j))
         # For the norm: of each parameter its pieces, or if all of them have equally many holders, all of it at once
         parts = defaultdict(list)
-        for _, pieces in self._mine:
+        for _, pieces in self.buckets:
             for p in pieces:
                 if p.held:
                     parts[p.local].append(p)
@@ -495,53 +491,60 @@ class SubnetDataParallel:
             self._synchronise = before
 
     def _restart(self):
-        self._next, self._flying = 0, []                             # next bucket to send; those under way
-        self._missing = [0] * len(self._mine)                        # gradients each bucket still waits for
-        for buckets in self._buckets_of.values():
-            for i in buckets:
-                self._missing[i] += 1
+        self._waiting = {self.slots[local].full for local in self.trained()}     # parameters without a complete gradient
+        self._missing = [sum(p.held for p in pieces) for _, pieces in self._mine]    # pieces that each bucket waits for
+        self._filling, self._next, self._flying = {}, 0, []          # buckets begun; the next to send; those under way
 
+    @torch.no_grad()
     def _ready(self, full):
-        """Called by autograd when a parameter's gradient is complete: sends every bucket whose turn has come."""
+        """Called by autograd when a parameter's gradient is complete: moves it to its buckets, sends those whose turn has come."""
         if self._synchronise:
-            for i in self._buckets_of[full]:
-                self._missing[i] -= 1
+            if full not in self._waiting:
+                raise RuntimeError("a second backward pass before finish(): put all but the last one under no_sync()")
+            self._collect(full)
             while self._next < len(self._mine) and self._missing[self._next] == 0:
                 self._send()
 
-    @torch.no_grad()
+    def _collect(self, full):
+        self._waiting.remove(full)
+        for i, j in self._places[full]:
+            if i not in self._filling:
+                self._filling[i] = self._bucket(self._mine[i][1])
+            piece, new = self._filling[i][1][j]
+            part = self._part(piece, lambda p: p.grad)
+            torch.mul(part, piece.share, out=new.view(part.shape))   # 1/|H_j| * g_ij
+            if piece.dim is None:                                    # from now on it lives in the bucket: nothing to copy back
+                self.params[piece.local].grad = new.view(part.shape)
+            self._missing[i] -= 1
+
     def _send(self):
-        group, pieces = self._mine[self._next]
+        group, (flat, views) = self._mine[self._next][0], self._filling.pop(self._next)
         self._next += 1
-        h = self._count(group)
-        if h == 1:
-            return                                                   # nobody to average with
-        flat, back = self._pack(pieces, lambda p: p.grad, scale=True), []
-        for piece, new in _views(pieces, flat):
-            if piece.held and piece.dim is None:
-                p = self.params[piece.local]
-                p.grad = new.view(p.shape)                           # now it lives in the bucket: nothing to copy back
-            elif piece.held:
-                back.append((piece, new))                            # some rows of a parameter that several sets share
+        for p, new in views:
+            if not p.held:                                           # a norm whose holders have no group: nothing to add
+                new.zero_()
         with self._side_stream(flat):
             work = dist.all_reduce(flat, group=self._groups[group], async_op=not self._stream)
-            self._flying.append((work, flat, back))
+            # To be copied back are the rows of parameters that several sets share
+            self._flying.append((work, flat, [(p, new) for p, new in views if p.held and p.dim is not None]))
             while self._flying and (self._stream or self._flying[0][0].is_completed()):
                 self._land()                                         # keep no more buckets than are under way
 
     def _land(self):
-        work, flat, back = self._flying.pop(0)
+        work, _, views = self._flying.pop(0)
         if work:                                                     # None: the side stream keeps the order
             work.wait()
-        self._unpack(back, lambda p: p.grad)
+        self._copy_back(views, lambda p: p.grad)
 
     @torch.no_grad()
     def finish(self):
         """Waits until every gradient is the average over its holders.  Call it after backward."""
         if self._synchronise:
-            for p in self.trained().values():
+            for local, p in self.trained().items():
                 if p.grad is None:                                   # took no part in this step's loss
                     p.grad = torch.zeros_like(p)
+                if self.slots[local].full in self._waiting:
+                    self._collect(self.slots[local].full)
             while self._next < len(self._mine):
                 self._send()
             while self._flying:
@@ -573,19 +576,19 @@ class SubnetDataParallel:
         """Backward masking: brings the weights that were updated elsewhere.  Forward masking: nothing to do."""
         flying = []
 
-        def land(work, pieces, flat):
+        def land(work, views):
             if work:
                 work.wait()
-            if not pieces[0].held:
-                self._unpack(_views(pieces, flat), lambda p: p.data)
+            self._copy_back([(p, new) for p, new in views if not p.held], lambda p: p.data)
 
         with self._side_stream():
             for root, group, pieces in self._refreshes:
+                flat, views = self._bucket(pieces)
                 if self.rank == root:
-                    flat = self._pack(pieces, lambda p: p.data)
-                else:
-                    flat = torch.empty(sum(p.numel for p in pieces), dtype=self.dtype, device=self.device)
-                flying.append((dist.broadcast(flat, root, group, async_op=not self._stream), pieces, flat))
+                    for piece, new in views:
+                        part = self._part(piece, lambda p: p.data)
+                        new.view(part.shape).copy_(part)
+                flying.append((dist.broadcast(flat, root, group, async_op=not self._stream), [] if self.rank == root else views))
                 while flying and (self._stream or flying[0][0].is_completed()):
                     land(*flying.pop(0))
             for item in flying:
@@ -599,17 +602,12 @@ class SubnetDataParallel:
         tensor = piece.local and of((tensors or self.params)[piece.local])
         return tensor if tensor is None or piece.dim is None else tensor.narrow(piece.dim, piece.start, piece.length)
 
-    def _pack(self, pieces, of, scale=False):
+    def _bucket(self, pieces):
+        """A flat tensor, and pairs of a piece and its place in there."""
         flat = torch.empty(sum(p.numel for p in pieces), dtype=self.dtype, device=self.device)
-        for piece, to in _views(pieces, flat):
-            part = self._part(piece, of)
-            if part is None:
-                to.zero_()                                           # not a holder, here only because of the group
-            else:                                                    # 1/|H_j|
-                torch.mul(part, piece.share if scale else 1, out=to.view(part.shape))
-        return flat
+        return flat, list(zip(pieces, flat.split([p.numel for p in pieces])))
 
-    def _unpack(self, views, of):
+    def _copy_back(self, views, of):
         for piece, new in views:
             part = self._part(piece, of)
             part.copy_(new.view(part.shape))
