@@ -323,7 +323,8 @@ class Simulation:
 #            finish     waits for the last bucket
 #            clip       one scalar over the world
 #            step       local: AdamW, or any optimizer that treats every number by itself
-#            refresh    backward masking only: new weights, from one holder of each set to those that run them frozen
+#            refresh    backward masking only: new weights, from one holder of each set to those that run them frozen,
+#                       which arrive while the next forward pass runs
 #
 # Bytes.  A ring all-reduce among h workers sends 2 (h-1)/h bytes per byte and worker, which is optimal.  For W = S and
 # coverage k/S, per branch byte and worker: a worker holds k/S of it, and sends 2 (k-1)/k for each of them: 2 (k-1)/S.  A
@@ -354,9 +355,10 @@ class SubnetDataParallel:
 
     module: the subnetwork (rank mod S), its weights equal to the other holders' (see `materialize`).  masks and layout as
     above; masks {} is plain data parallelism.  backward: the masking is backward masking.  All of them the same on every
-    rank.  bucket_bytes: gradients are sent in buckets of about this size.  reduce False: leave gradients alone (somebody
-    else averages them).  timeout: of the process groups, a timedelta.  The loss must be the mean over this worker's batch.  Any elementwise optimizer works (SGD, Adam),
-    over `self.trained()`.
+    rank.  bucket_bytes: after about so many bytes of the full model's gradient its buckets are sent, one for each holder
+    set.  reduce False: leave gradients alone (somebody else averages them).  timeout: of the process groups, a timedelta.
+    The loss must be the mean over this worker's batch.  Any elementwise optimizer works (SGD, Adam), over `self.trained()`.
+    `sent_bytes` is what this worker sends in one update.
     """
 
     def __init__(self, module, masks, layout, backward=False, bucket_bytes=25 * 2**20, reduce=True, timeout=None):
@@ -377,11 +379,12 @@ class SubnetDataParallel:
         # NCCL: collectives are issued inside one side stream, so that those of overlapping groups keep their order
         nccl = self.device.type == "cuda" and "nccl" in dist.get_backend_config()
         self._stream = torch.cuda.Stream(self.device) if nccl else None
-        self._synchronise = reduce
+        self._synchronise, self._coming = reduce, []                 # the latter: messages of a refresh under way
         self._restart()
         ready = weakref.WeakMethod(self._ready)                      # a hook that held self would keep model and groups for ever
         for local, p in self.trained().items():
             p.register_post_accumulate_grad_hook(lambda _, full=self.slots[local].full: ready() and ready()(full))
+        self._wait_in_forward()
 
     def trained(self):
         """{name in the subnetwork: parameter} of what this worker trains."""
@@ -476,6 +479,7 @@ class SubnetDataParallel:
 
     def close(self):
         """Ends the process groups that were made for this wrapper.  Collective."""
+        self.arrive()
         for group in self._made:
             dist.destroy_process_group(group)
 
@@ -573,27 +577,46 @@ class SubnetDataParallel:
 
     @torch.no_grad()
     def refresh(self):
-        """Backward masking: brings the weights that were updated elsewhere.  Forward masking: nothing to do."""
-        flying = []
+        """Backward masking: asks for the weights that were updated elsewhere.  Forward masking: nothing to do.
 
-        def land(work, views):
-            if work:
-                work.wait()
-            self._copy_back([(p, new) for p, new in views if not p.held], lambda p: p.data)
-
+        They arrive beside the next forward pass, in which each block waits for its own.
+        """
+        self.arrive()
         with self._side_stream():
-            for root, group, pieces in self._refreshes:
+            for root, group, pieces in reversed(self._refreshes):    # the first blocks will need theirs first
                 flat, views = self._bucket(pieces)
                 if self.rank == root:
                     for piece, new in views:
                         part = self._part(piece, lambda p: p.data)
                         new.view(part.shape).copy_(part)
-                flying.append((dist.broadcast(flat, root, group, async_op=not self._stream), [] if self.rank == root else views))
-                while flying and (self._stream or flying[0][0].is_completed()):
-                    land(*flying.pop(0))
-            for item in flying:
-                land(*item)
+                work = dist.broadcast(flat, root, group, async_op=not self._stream)
+                self._coming.append((work, flat, [(p, new) for p, new in views if not p.held]))
+                if self._stream:
+                    self.arrive()
         self._join()
+
+    @torch.no_grad()
+    def arrive(self, left=0):
+        """Waits for the weights asked for by `refresh`, until at most `left` messages are still to come."""
+        while len(self._coming) > left:
+            work, _, views = self._coming.pop(0)
+            if work:
+                work.wait()
+            self._copy_back(views, lambda p: p.data)
+
+    def _wait_in_forward(self):
+        """Lets every module that runs frozen weights wait for them: a block for those of its `rest`, a norm for its own."""
+        if not self._refreshes:
+            return
+        last = {}                                                    # module -> the last message it needs
+        for i, (_, _, pieces) in enumerate(reversed(self._refreshes)):
+            for p in pieces:
+                if p.local and not p.held:
+                    last[p.local.split(".rest.")[0] if ".rest." in p.local else p.local.rpartition(".")[0]] = i
+        arrive = weakref.WeakMethod(self.arrive)
+        wait = torch.compiler.disable(lambda left: arrive() and arrive()(left))              # in a compiled block as well
+        for path, i in last.items():
+            self.module.get_submodule(path).register_forward_pre_hook(lambda *_, left=len(self._refreshes) - 1 - i: wait(left))
 
     # -- between parameters and flat buffers -------------------------------------------------------------------------
 
@@ -656,6 +679,7 @@ class SubnetDataParallel:
     @torch.no_grad()
     def check_replicas(self, tensors=None):
         """Raises RuntimeError on every rank unless all holders of each piece have the same bits (of the weights, say)."""
+        self.arrive()
         tensors = tensors or self.params
         # A rank without a piece leaves +2^62 and -2^62, which never win the minimum or the maximum
         low = torch.full((sum(len(p) for _, p in self.buckets),), 2**62, dtype=torch.int64, device=self.device)

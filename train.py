@@ -36,7 +36,6 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -482,14 +481,16 @@ def evaluate(sync, full, dataset, loss, autocast):
     return total / count, right / count
 
 
-def make_optimizer(params, lr, images):
-    """The usual recipes: momentum for images (as in arXiv 1708.04552, section 4.1), AdamW for text."""
-    # Fused is three times faster, and makes no temporary tensors.  The tensors of FSDP have no fused SGD
+def make_optimizer(params, lr, images, fused):
+    """The usual recipes: momentum for images (as in arXiv 1708.04552, section 4.1), AdamW for text.
+
+    fused: AdamW without temporary tensors.  Not on CPUs: there it rounds the last few numbers of a tensor in another way, and
+    the replicas of a neuron, which have it at different places, would no longer be bit-identical.
+    """
     if images:
-        fused = not any(isinstance(p, DTensor) for p in params)
-        return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
+        return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     return torch.optim.AdamW([{"params": [p for p in params if p.dim() > 1], "weight_decay": 0.1},
-                              {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95), fused=True)
+                              {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95), fused=fused)
 
 
 def learning_rate(step, steps, peak, last):
@@ -631,7 +632,8 @@ def first_update(design, model, batch, autocast, fake=nullcontext()):
     with fake:
         with tracker:
             sync = design.wrap(model)
-            optimizer = make_optimizer(sync.trained().values(), args.lr, design.family is resnet)
+            fused = sync.device.type == "cuda" or isinstance(fake, FakeTensorMode)       # unfused reads a number, and there is none
+            optimizer = make_optimizer(sync.trained().values(), args.lr, design.family is resnet, fused)
             for p in sync.trained().values():
                 p.grad = torch.zeros_like(p)
             optimizer.step()                                         # an optimizer makes its state in its first step
@@ -647,7 +649,7 @@ def first_update(design, model, batch, autocast, fake=nullcontext()):
 
 
 def designs(args, config):
-    return {name: Design(argparse.Namespace(**{**vars(args), "parallel": "sdp", **flags}), config) for name, flags in VARIANTS.items()}
+    return {name: Design(argparse.Namespace(**{**vars(args), **flags}), config) for name, flags in VARIANTS.items()}
 
 
 def largest(design):
@@ -669,53 +671,83 @@ def size_of(design, world, batch):
             "flops": measure_flops(most, batch) * design.args.grad_accum}
 
 
+def planned(name, design, world, batch, device):
+    """A row of plan.json.  Each figure is that of the worker with most."""
+    args, fake = design.args, FakeTensorMode(allow_non_fake_inputs=True)
+    row = {"variant": name, **size_of(design, world, batch)}
+    for rank in largest(design):
+        with alone(rank, world):
+            with fake:
+                inputs = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in batch]
+            *_, memory, sent = first_update(design, design.model(rank, device, fake), lambda *_: inputs, autocast_of(args, device), fake)
+        row["memory"] = max(memory, row.get("memory", memory), key=lambda m: m["peak"])
+    for rank in range(world) if design.masks else ():
+        with alone(rank, world):
+            sent = max(sent, design.wrap(design.model(rank % args.subnets)).sent_bytes)
+    return {**row, "sent_bytes": round(sent)}
+
+
 def plan(args, device):
     """Prints, and writes to plan.json, what a worker of each variant will need.  Trains nothing, allocates nothing of any size."""
     given = args.data
     settle(args, None)
-    world = WORLD if DISTRIBUTED else args.subnets
-    config = {**llama.PRESETS, **resnet.PRESETS}[args.model]
-    if args.model == "resnet18":
-        config = replace(config, num_classes=data.IMAGES[args.data][0])
-        batch = torch.empty(args.batch_size, 3, config.image_size, config.image_size, device="meta"), (args.batch_size,)
-    else:
-        config = load_data(args, device)[1] if given else replace(config, vocab_size=32000)
-        batch = torch.empty(args.batch_size, args.seq_len, dtype=torch.int64, device="meta"), (args.batch_size, args.seq_len)
-    batch = batch[0], torch.empty(batch[1], dtype=torch.int64, device="meta")
+    world, config = WORLD if DISTRIBUTED else args.subnets, {**llama.PRESETS, **resnet.PRESETS}[args.model]
+    with torch.device("meta"):
+        if args.model == "resnet18":
+            config = replace(config, num_classes=data.IMAGES[args.data][0])
+            batch = torch.empty(args.batch_size, 3, config.image_size, config.image_size), torch.empty(args.batch_size, dtype=torch.int64)
+        else:
+            vocab_size = data.load(args.data, args.batch_size, args.seq_len, args.seed).vocab_size if given else 32000
+            config, batch = replace(config, vocab_size=vocab_size), [torch.empty(args.batch_size, args.seq_len, dtype=torch.int64)] * 2
     make_folder(args.out_dir)
-
-    def row(name, design):
-        row, fake = {"variant": name, **size_of(design, world, batch)}, FakeTensorMode(allow_non_fake_inputs=True)
-        for rank in largest(design):
-            with alone(rank, world):
-                with fake:
-                    inputs = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in batch]
-                *_, memory, sent = first_update(design, design.model(rank, device, fake), lambda *_: inputs, autocast_of(args, device), fake)
-            row["memory"] = max(memory, row.get("memory", memory), key=lambda m: m["peak"])
-        for rank in range(world) if design.masks else ():
-            with alone(rank, world):
-                sent = max(sent, sdp.SubnetDataParallel(design.model(rank % args.subnets), design.masks, design.layout, design.backward).sent_bytes)
-        return {**row, "sent_bytes": round(sent)}
-
     all_designs = designs(args, config)
     say(f"{args.model}, {world} workers, {args.subnets} subnetworks, coverage {args.coverage}, batch {args.batch_size} a worker, "
         f"{device.type}, {args.dtype}; who holds what at {args.level} level (subnets across):\n")
     describe_masks(all_designs[f"sdp-forward-{args.level}"])
-    rows = [row(name, design) for name, design in all_designs.items()]
+    rows = [planned(name, design, world, batch, device) for name, design in all_designs.items()]
     say_rows(rows)
 
     say(f"\nForward masking, {args.level} level, peak memory at other coverages:")
     peak, saved = rows[0]["memory"]["peak"], {}
     for held in range(1, args.subnets + 1):
         coverage = f"{held}/{args.subnets}"
-        at = argparse.Namespace(**{**vars(args), "parallel": "sdp", "masking": "forward", "coverage": coverage})
-        rows.append(row(f"sdp-forward-{args.level} at {coverage}", Design(at, config)))
+        at = argparse.Namespace(**{**vars(args), "masking": "forward", "coverage": coverage})
+        rows.append(planned(f"sdp-forward-{args.level} at {coverage}", Design(at, config), world, batch, device))
         saved[coverage] = 1 - rows[-1]["memory"]["peak"] / peak
         say(f"  {coverage}: {si(rows[-1]['memory']['peak'])}B, {saved[coverage]:4.0%} less than ddp")
     for wanted in 0.28, 0.60:
         enough = [coverage for coverage, part in saved.items() if part >= wanted]
         say(f"  {wanted:.0%} less: " + (f"at coverage {enough[-1]} or below" if enough else "at none; what all workers hold is too much"))
     write_rows(args.out_dir / "plan.json", rows)
+
+
+def take_turn(design, batch, device, updates, trace):
+    """Builds this rank's worker, measures it, and tears it down.  -> memory, bytes sent, ms of each update.
+
+    trace: None, or where torch.profiler's timeline of one more update goes.
+    """
+    args, ms = design.args, []
+    autocast, model = autocast_of(args, device), design.initial(dist.get_rank() % args.subnets, device)
+    sync, optimizer, memory, sent = first_update(design, model, batch, autocast)
+    if args.compile:                                                 # not before: the tracker has to see every operation
+        compile_blocks(model)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(WARM_UP + updates):
+        begin = time.perf_counter()
+        update(sync, optimizer, batch, args, autocast)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        ms.append((time.perf_counter() - begin) * 1000)
+    if device.type == "cuda":                                        # the allocator knows better than the tracker
+        memory["peak"] = torch.cuda.max_memory_allocated()
+    if trace:
+        with torch.profiler.profile() if RANK == 0 else nullcontext() as profile:
+            update(sync, optimizer, batch, args, autocast)
+        if RANK == 0:
+            profile.export_chrome_trace(str(trace))
+    sync.close()
+    return memory, sent, ms[WARM_UP:]
 
 
 def bench(args, device):
@@ -726,49 +758,27 @@ def bench(args, device):
     """
     settle(args, None)
     dataset, config, _ = load_data(args, device)
-    world = WORLD if DISTRIBUTED else args.subnets
+    world, everything, rows, rounds = WORLD if DISTRIBUTED else args.subnets, designs(args, config), {}, []
     batch = lambda worker, micro: dataset.batch("train", micro, worker, world)
     make_folder(args.out_dir)
-    todo, rows, rounds = args.bench, {}, []
     say(f"{args.model} on {args.data}, {world} workers{'' if DISTRIBUTED else ', of which one is here, without communication'}, {args.subnets} "
         f"subnetworks, coverage {args.coverage}, batch {args.batch_size} a worker, {device.type}, {args.dtype}{', compiled' if args.compile else ''}")
-    while todo > 0:
+    for done in range(0, args.bench, TIMED):
         rounds.append({})
-        for name, design in designs(args, config).items():
+        updates = min(TIMED, args.bench - done)
+        for name, design in everything.items():
             phase(f"the bench of {name}")
+            trace = args.out_dir / f"trace-{name}.json" if done + updates == args.bench else None
             with nullcontext() if DISTRIBUTED else alone(largest(design)[-1], world):
-                subnet = dist.get_rank() % args.subnets
-                model = design.initial(subnet, device)
-                sync, optimizer, memory, sent = first_update(design, model, batch, autocast_of(args, device))
-                if args.compile:                                     # not before: the tracker needs to see every operation
-                    compile_blocks(model)
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                ms = []
-                for i in range(WARM_UP + min(TIMED, todo)):
-                    begin = time.perf_counter()
-                    update(sync, optimizer, batch, args, autocast_of(args, device))
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
-                    ms.append((time.perf_counter() - begin) * 1000)
-                if device.type == "cuda":                            # the allocator knows better than the tracker
-                    memory["peak"] = torch.cuda.max_memory_allocated()
-                if todo <= TIMED:
-                    with torch.profiler.profile() if RANK == 0 else nullcontext() as profile:
-                        update(sync, optimizer, batch, args, autocast_of(args, device))
-                    if RANK == 0:
-                        profile.export_chrome_trace(str(args.out_dir / f"trace-{name}.json"))
-                sync.close()
-                del model, sync, optimizer
-                gc.collect()
-            rounds[-1][name] = over_ranks(ms[WARM_UP:], dist.ReduceOp.MAX, device)       # a step is over when all are done
+                memory, sent, ms = take_turn(design, batch, device, updates, trace)
+            gc.collect()
+            rounds[-1][name] = over_ranks(ms, dist.ReduceOp.MAX, device)         # an update is over when all ranks are done
             seen = [(memory, sent)] * WORLD
             if DISTRIBUTED:
                 dist.all_gather_object(seen, (memory, sent))
             rows[name] = {"variant": name, "memory": max((m for m, _ in seen), key=lambda m: m["peak"]), "sent_bytes": max(s for _, s in seen)}
-        todo -= TIMED
-        say(f"  {min(args.bench, args.bench - todo)} of {args.bench} updates")
-    for name, design in designs(args, config).items():
+        say(f"  {done + updates} of {args.bench} updates")
+    for name, design in everything.items():
         ms = [t for one in rounds for t in one[name]]
         rows[name].update(size_of(design, world, batch(0, 0)), step_ms=median(ms), step_ms_range=[min(ms), max(ms)],
                           step_ratio=median([median(one[name]) / median(one["ddp"]) for one in rounds]))
@@ -885,6 +895,8 @@ def main(argv=None):
     modes = [f"--{mode}" for mode in ("plan", "bench", "sample") if getattr(args, mode) not in (None, False)]
     if len(modes) > 1 or modes and modes[0] != "--sample" and (args.resume or args.overwrite):
         raise UserError(f"{modes[0]} goes together with none of --plan, --bench, --sample, --resume, --overwrite")
+    if args.plan or args.bench:
+        args.parallel = "sdp"                                        # whatever was said: all of them are compared
     if args.plan:
         return plan(args, pick_device(args.device)[0]) if RANK == 0 else None
     device = start_processes(args.device, args.timeout)
@@ -957,7 +969,7 @@ def train(args, device, checkpoint):
     else:
         sync = sdp.Simulation(modules, masks, layout, value, workers, device)
     trained = sync.trained()
-    optimizer = make_optimizer(trained.values(), args.lr, images)
+    optimizer = make_optimizer(trained.values(), args.lr, images, fused=device.type == "cuda")
     for local, p in trained.items() if checkpoint else ():
         for key, example in next(iter(checkpoint["optimizer"].values())).items():
             if torch.is_tensor(example):
