@@ -438,7 +438,7 @@ class SubnetDataParallel:
                 buckets += sorted(window.items(), key=lambda bucket: bucket[1][-1][0])
                 window, filled = defaultdict(list), 0
         self.buckets = [(group, [piece for _, piece in pieces]) for group, pieces in buckets]
-        self._mine = [(group, pieces) for group, pieces in self.buckets if self.subnet in group and self._count(group) > 1]
+        self._mine = [(group, pieces) for group, pieces in self.buckets if self.subnet in group]
         self._places = defaultdict(list)                             # full name -> numbers of my buckets, and of its piece in each
         for i, (_, pieces) in enumerate(self._mine):
             for j, p in enumerate(pieces):
@@ -497,7 +497,8 @@ class SubnetDataParallel:
     def _restart(self):
         self._waiting = {self.slots[local].full for local in self.trained()}     # parameters without a complete gradient
         self._missing = [sum(p.held for p in pieces) for _, pieces in self._mine]    # pieces that each bucket waits for
-        self._filling, self._next, self._flying = {}, 0, []          # buckets begun; the next to send; those under way
+        self._filling, self._next, self._flying = {}, 0, []          # buckets begun; the next to send; messages under way
+        self._rows = {}                                              # gradients in several buckets: local name -> [(piece, view)]
 
     @torch.no_grad()
     def _ready(self, full):
@@ -515,30 +516,26 @@ class SubnetDataParallel:
             if i not in self._filling:
                 self._filling[i] = self._bucket(self._mine[i][1])
             piece, new = self._filling[i][1][j]
-            part = self._part(piece, lambda p: p.grad)
-            torch.mul(part, piece.share, out=new.view(part.shape))   # 1/|H_j| * g_ij
-            if piece.dim is None:                                    # from now on it lives in the bucket: nothing to copy back
-                self.params[piece.local].grad = new.view(part.shape)
+            part, p = self._part(piece, lambda p: p.grad), self.params[piece.local]
+            new = torch.mul(part, piece.share, out=new.view(part.shape))     # 1/|H_j| * g_ij
             self._missing[i] -= 1
+            if piece.dim is None:
+                p.grad = new                                         # from now on it lives in the bucket
+            else:
+                self._rows.setdefault(piece.local, []).append((piece, new))
+        if piece.dim is not None:                                    # it lives in several; until finish() it is a mere shape
+            p.grad = p.new_zeros(()).expand_as(p)
 
     def _send(self):
-        group, (flat, views) = self._mine[self._next][0], self._filling.pop(self._next)
+        group, pieces = self._mine[self._next]
+        flat, views = self._filling.pop(self._next, None) or self._bucket(pieces)
         self._next += 1
         for p, new in views:
             if not p.held:                                           # a norm whose holders have no group: nothing to add
                 new.zero_()
-        with self._side_stream(flat):
-            work = dist.all_reduce(flat, group=self._groups[group], async_op=not self._stream)
-            # To be copied back are the rows of parameters that several sets share
-            self._flying.append((work, flat, [(p, new) for p, new in views if p.held and p.dim is not None]))
-            while self._flying and (self._stream or self._flying[0][0].is_completed()):
-                self._land()                                         # keep no more buckets than are under way
-
-    def _land(self):
-        work, _, views = self._flying.pop(0)
-        if work:                                                     # None: the side stream keeps the order
-            work.wait()
-        self._copy_back(views, lambda p: p.grad)
+        if self._count(group) > 1:
+            with self._side_stream():
+                self._flying.append((dist.all_reduce(flat, group=self._groups[group], async_op=not self._stream), flat))
 
     @torch.no_grad()
     def finish(self):
@@ -551,9 +548,14 @@ class SubnetDataParallel:
                     self._collect(self.slots[local].full)
             while self._next < len(self._mine):
                 self._send()
-            while self._flying:
-                self._land()
+            for work, _ in self._flying:
+                if work:                                             # None: the side stream keeps the order
+                    work.wait()
             self._join()
+            self._flying.clear()
+            while self._rows:                                        # those in several buckets, one after another
+                local, views = self._rows.popitem()
+                self.params[local].grad = torch.cat([new for _, new in sorted(views, key=lambda v: v[0].start)], views[0][0].dim)
             self._restart()
 
     @torch.no_grad()
@@ -602,7 +604,9 @@ class SubnetDataParallel:
             work, _, views = self._coming.pop(0)
             if work:
                 work.wait()
-            self._copy_back(views, lambda p: p.data)
+            for piece, new in views:
+                part = self._part(piece, lambda p: p.data)
+                part.copy_(new.view(part.shape))
 
     def _wait_in_forward(self):
         """Lets every module that runs frozen weights wait for them: a block for those of its `rest`, a norm for its own."""
@@ -630,17 +634,10 @@ class SubnetDataParallel:
         flat = torch.empty(sum(p.numel for p in pieces), dtype=self.dtype, device=self.device)
         return flat, list(zip(pieces, flat.split([p.numel for p in pieces])))
 
-    def _copy_back(self, views, of):
-        for piece, new in views:
-            part = self._part(piece, of)
-            part.copy_(new.view(part.shape))
-
-    def _side_stream(self, *tensors):
+    def _side_stream(self):
         if not self._stream:
             return nullcontext()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        for t in tensors:
-            t.record_stream(self._stream)                            # its memory is not reused before this stream is done with it
         return torch.cuda.stream(self._stream)
 
     def _join(self):

@@ -610,6 +610,19 @@ def test_a_dropped_sync_is_freed_with_its_model(run_on):
     assert run_on(2, _dropped, masks_for(TINY, 2, 1, "neuron")) == [(True, True)] * 2
 
 
+def _groups_while_open_and_closed(masks):
+    alive = [len(dist.distributed_c10d._world.pg_map)]
+    sync = make_sync(TINY, masks, True)
+    alive.append(len(dist.distributed_c10d._world.pg_map))
+    sync.close()
+    return [*alive, len(dist.distributed_c10d._world.pg_map)]
+
+
+def test_close_ends_the_process_groups(run_on):
+    for before, between, after in run_on(4, _groups_while_open_and_closed, masks_for(TINY, 4, 3, "neuron")):
+        assert before == after == 1 < between
+
+
 def _own_mlp(held, masks):
     """SDP on a model this project has never seen, used as the docstring says; two optimizers take turns."""
     class Net(nn.Module):
@@ -1621,12 +1634,16 @@ def test_the_plan_is_what_the_tracker_sees_on_real_tensors_and_what_the_allocato
             assert sent == really_sent and (name == "fsdp" or sent == pytest.approx(sync.sent_bytes, abs=1))
             if name == "fsdp":
                 continue                                             # the allocator's count of its own start is not known
-            # The second update has no tracker, but the allocator's own count.  DDP's buckets are there throughout
+            # The third update has no tracker, but the allocator's own count.  DDP's buckets are there throughout, made anew in the second
             alive = [*sync.params.values(), *(t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t))]
             alive += sync.params.values() if design.args.parallel == "ddp" else []
             autocast = train.autocast_of(args, torch.device("cpu"))
-            peak = cpu_allocator_peak(lambda: train.update(sync, optimizer, lambda *_: batch, design.args, autocast), *alive)
-            assert planned["peak"] == pytest.approx(peak, rel=0.04)
+            again = lambda: train.update(sync, optimizer, lambda *_: batch, design.args, autocast)
+            again()
+            sync.arrive()                                            # or what is on its way would be freed, but not counted before
+            peak = cpu_allocator_peak(again, *alive)
+            # It also sees what a kernel uses inside, such as a convolution's weight in another order
+            assert -0.02 * peak < peak - planned["peak"] < 0.02 * peak + max(p.nbytes for p in sync.params.values())
 
 
 @pytest.mark.parametrize("more", [["--subnets", 8, "--coverage", "5/8"], ["--model", "resnet18", "--data", "shapes", "--subnets", 8, "--coverage", "3/8"]],
@@ -1686,18 +1703,13 @@ def test_plan_of_the_1b_model_takes_less_than_two_minutes_and_2_gib(tmp_path):
     assert int(run.stdout.split("KIB")[1]) < 2 * 2**20
 
 
-def _bench_on_pool(arguments, prepare):
-    assert _train_on_pool(arguments, prepare) is None
-    return len(dist.distributed_c10d._world.pg_map)                  # process groups alive
-
-
 @pytest.mark.parametrize("more", [[], ["--dtype", "bf16", "--model", "resnet18", "--data", "shapes"]], ids=["llama", "resnet-bf16"])
 def test_bench_on_real_workers(run_on, tmp_path, small_images, more):
     arguments = ["--bench", 4, "--batch-size", 2, "--subnets", 2, "--coverage", "1/2", "--out-dir", tmp_path / "out", "--device", "cpu", *more]
     if not more:
         arguments += ["--seq-len", 16]
     prepare = _small_images_on_pool if more else None
-    assert run_on(4, _bench_on_pool, list(map(str, arguments)), prepare) == [1] * 4     # only the world's is left
+    assert run_on(4, _train_on_pool, list(map(str, arguments)), prepare) == [None] * 4
     rows = {r["variant"]: r for r in json.loads((tmp_path / "out" / "bench.json").read_text())}
     assert list(rows) == list(train.VARIANTS) and rows["ddp"]["step_ratio"] == 1
     assert all(0 < r["step_ms_range"][0] <= r["step_ms"] <= r["step_ms_range"][1] for r in rows.values())
@@ -1810,6 +1822,8 @@ def all_reduces(path):
 def overlap(backward, spans):
     """Part of the communication that could run beside backward, and does.  The last bucket is complete only at its end."""
     spans = [(a, b) for a, b in spans if a < backward - 1]           # begun before the end
+    if not spans:
+        return None
     busy, until = 0.0, spans[0][0]
     for a, b in spans:
         busy, until = busy + max(0.0, b - max(a, until)), max(until, b)

@@ -903,7 +903,8 @@ def main(argv=None):
     code = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
     agree({**{f"--{flag.replace('_', '-')}": value for flag, value in vars(args).items()}, "code": code, "torch": torch.__version__})
     if args.bench:
-        return bench(args, device)
+        bench(args, device)
+        return leave_the_others()
     path = first_rank_first(lambda: find_checkpoint(args.out_dir)) if args.resume else None
     checkpoint = load_checkpoint(path) if path else None
     if args.sample is not None:
@@ -923,6 +924,10 @@ def main(argv=None):
             say(sample(load_checkpoint(args.out_dir / "ckpt.pt"), "def " if args.data == "stdlib" else "\n", device))
         except UserError as e:
             say(f"(none: {e})")
+    leave_the_others()
+
+
+def leave_the_others():
     if DISTRIBUTED:
         dist.barrier()
         dist.destroy_process_group()
