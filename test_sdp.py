@@ -1860,7 +1860,7 @@ def test_losses_in_bf16_are_those_in_float32(tmp_path):
             continue
         losses = {}
         for dtype in ("fp32", "bf16"):
-            torchrun(4, [f"--{flag}={value}" for flag, value in flags_of.items()] + ["--dtype", dtype, "--steps", "200", "--batch-size", "4",
+            torchrun(4, [f"--{flag}={value}" for flag, value in flags_of.items()] + ["--dtype", dtype, "--steps", "200", "--batch-size", "2",
                         "--eval-every", "1000", "--out-dir", str(tmp_path / name / dtype), "--device", "cpu"], timeout=900)
             losses[dtype] = [line["loss"] for line in metrics(tmp_path / name, dtype)]
         rows.append({"variant": name, **losses, "largest_difference": max(abs(a / b - 1) for a, b in zip(losses["bf16"], losses["fp32"], strict=True))})
