@@ -1568,10 +1568,12 @@ def test_flop_match_lengthens_the_run(tmp_path):
     assert 9 <= metrics(tmp_path)[-1]["step"] <= 12                  # half of the branches, all of embedding and head
 
 
-@pytest.mark.parametrize("more", [["--checkpoint-activations"], ["--compile"], ["--dtype", "bf16"]])
-def test_the_same_losses_with_another_way_to_compute(run_on, tmp_path, more):
-    train.main(flags(tmp_path, "--subnets", 2, "--coverage", "1/2", out="plain", steps=4))
-    assert run_on(2, _train_on_pool, flags(tmp_path, "--coverage", "1/2", *more, steps=4)) == [None, None]
+@pytest.mark.parametrize("masking,more", [("forward", ["--checkpoint-activations"]), ("forward", ["--compile"]), ("backward", ["--compile"]),
+                                          ("forward", ["--dtype", "bf16"])])
+def test_the_same_losses_with_another_way_to_compute(run_on, tmp_path, masking, more):
+    same = ["--coverage", "1/2", "--masking", masking]
+    train.main(flags(tmp_path, "--subnets", 2, *same, out="plain", steps=4))
+    assert run_on(2, _train_on_pool, flags(tmp_path, *same, *more, steps=4)) == [None, None]
     tolerance = 0.02 if "bf16" in more else 1e-4
     for a, b in zip(metrics(tmp_path, "plain"), metrics(tmp_path), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
@@ -1733,6 +1735,15 @@ def test_bench_alone(tmp_path, capsys):
     train.main(["--bench", "1", "--subnets", "2", "--batch-size", "2", "--seq-len", "16", "--out-dir", str(tmp_path), "--compile", "--device", "cpu"])
     rows = json.loads((tmp_path / "bench.json").read_text())
     assert [r["variant"] for r in rows] == list(train.VARIANTS) and "of which one is here, without communication" in capsys.readouterr().out
+
+
+def test_blocks_of_one_size_are_compiled_once():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = llama.Llama(TINY, {name: neurons for name, (_, neurons, *_) in llama.branches(TINY).items()})
+    train.compile_blocks(model)
+    model(*tokens_for(0, 0)).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 < len(train.blocks_of(model))
 
 
 def test_a_loss_that_holds_few_logits_at_a_time_is_the_same(monkeypatch):

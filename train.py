@@ -4,6 +4,8 @@ Trains a LLaMA or a ResNet-18 with Subnetwork Data Parallelism.
     torchrun --standalone --nproc-per-node=4 train.py         four workers, a subnetwork each
     torchrun --standalone --nproc-per-node=4 train.py --model resnet18 --data cifar10
     python train.py --subnets 8                               the same method, simulated in one process
+    python train.py --model llama-1b --subnets 8 --plan       what a worker would need, and who holds what; trains nothing
+    torchrun --standalone --nproc-per-node=4 train.py --bench 12     times updates, measures memory and bytes, DDP and FSDP2 beside
     python train.py --resume --out-dir out --sample "def "    prints text from a checkpoint
 """
 
