@@ -1686,6 +1686,7 @@ def test_plan_writes_its_rows_and_says_where_28_percent_are_saved(tmp_path, caps
         assert set(r["memory"]) == {"parameters", "gradients", "optimizer", "activations", "temporary", "peak"}
     whole = sum(shape.numel() for _, _, shape in llama.layout(replace(llama.PRESETS["llama-tiny"], vocab_size=32000)).values())
     assert by_name["ddp"]["params"] == whole and by_name["fsdp"]["params"] == -(-whole // 4)
+    assert by_name["fsdp"]["memory"]["optimizer"] == pytest.approx(by_name["ddp"]["memory"]["optimizer"] / 4, rel=0.01)
     assert by_name["ddp"]["sent_bytes"] == round(4 * whole * 2 * 3 / 4)
     assert by_name["ddp-checkpoint"]["memory"]["peak"] < by_name["ddp"]["memory"]["peak"]
     assert by_name["ddp-checkpoint"]["flops"] > by_name["ddp"]["flops"] > by_name["sdp-backward-block"]["flops"] > by_name["sdp-forward-block"]["flops"]
