@@ -1738,6 +1738,19 @@ def test_bench_alone(tmp_path, capsys):
     assert [r["variant"] for r in rows] == list(train.VARIANTS) and "of which one is here, without communication" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", train.VARIANTS)
+def test_a_variant_that_was_torn_down_leaves_nothing(name):
+    def alive():
+        gc.collect()
+        return sum(o.untyped_storage().nbytes() for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter) and o.device.type == "cpu")
+    args, config = settled("--batch-size", 2, "--seq-len", 8)
+    design, batch = train.designs(args, config)[name], batch_of(args, config)
+    before = alive()
+    with train.alone(0, 4):
+        train.take_turn(design, lambda *_: batch, torch.device("cpu"), 1, None)
+    assert alive() < before + 50_000                                 # of the model's 7 MB
+
+
 def test_blocks_of_one_size_are_compiled_once():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -1850,7 +1863,7 @@ def overlap(backward, spans):
 @only_when_asked
 def test_step_times_and_overlap_over_a_slow_link(tmp_path):
     rows, timeline = [], {}
-    for rate, name, more in (("1gbit", "compute", ["--batch-size", "4", "--seq-len", "256"]), ("1gbit", "communication", ["--batch-size", "1", "--seq-len", "64"])):
+    for rate, name, more in (("1gbit", "compute", ["--batch-size", "2", "--seq-len", "256"]), ("1gbit", "communication", ["--batch-size", "1", "--seq-len", "64"])):
         with two_hosts(rate) as run:
             run(["--model", "llama-134m", "--bench", "3", "--device", "cpu", "--out-dir", str(tmp_path / name), *more], timeout=3000)
         for row in json.loads((tmp_path / name / "bench.json").read_text()):

@@ -35,6 +35,7 @@ import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.fake_collectives import CollectiveOp
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed._tools.mod_tracker import ModTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
@@ -574,19 +575,21 @@ class SentBytes(TorchDispatchMode):
 
 
 class Tracker(MemTracker):
-    """torch's memory tracker, but for models with frozen parameters too, and without its statistics of each module: those
-    are not used here, and take most of the time."""
+    """torch's memory tracker, but for models with frozen parameters too, and without its hooks on modules: they take most of
+    the time, and leave cycles of references in which a model lives for ever."""
+
+    class NoModules(ModTracker):
+        __enter__, __exit__ = lambda self: self, lambda self, *_: None
+
+    def __init__(self):
+        super().__init__()
+        self._mod_tracker = self.NoModules()
 
     def _track_module_params_and_buffers(self, module, install_grad_hooks=True):
         for p in module.parameters():
-            if not p.requires_grad:
+            if not p.requires_grad:                                  # has no gradient to hook
                 self._param_to_grad_hook_handles[p] = RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict())
         return super()._track_module_params_and_buffers(module, install_grad_hooks)
-
-    def _update_peak_stats(self, peak_state):
-        modules, self.memory_tracking = self.memory_tracking, {}
-        super()._update_peak_stats(peak_state)
-        self.memory_tracking = modules
 
 
 @contextmanager
@@ -627,10 +630,6 @@ def first_update(design, model, batch, autocast, fake=nullcontext()):
     def snapshot(when):
         return {getattr(kind, "value", kind): size for kind, size in tracker.get_tracker_snapshot(when)[sync.device].items()}
 
-    def fresh(worker, micro):
-        tracker.reset_mod_stats()                                    # or it takes a second micro-step for a mistake
-        return batch(worker, micro)
-
     with fake:
         with tracker:
             sync = design.wrap(model)
@@ -643,7 +642,8 @@ def first_update(design, model, batch, autocast, fake=nullcontext()):
             tracker.track_external(sync.module, optimizer)           # tells it which tensors are what
         buckets = snapshot("current")["Activation"] if args.parallel == "ddp" else 0     # what is left: the buckets of gradients
         with tracker, sent:                                          # the peak is counted from here
-            update(sync, optimizer, fresh, args, autocast)
+            tracker._track_module_params_and_buffers(sync.module)    # and gradients are known as such
+            update(sync, optimizer, batch, args, autocast)
     at = snapshot("peak")
     memory = {"parameters": at["Parameter"] + at["Buffer"], "gradients": at["Gradient"] + buckets, "optimizer": at["Optstate"],
               "activations": at["Activation"] - buckets, "temporary": at["Temp"] + at["Other"], "peak": at["Total"]}
