@@ -743,12 +743,12 @@ def take_turn(design, batch, device, updates, trace):
         ms.append((time.perf_counter() - begin) * 1000)
     if device.type == "cuda":                                        # the allocator knows better than the tracker
         memory["peak"] = torch.cuda.max_memory_allocated()
-    if trace:
-        with torch.profiler.profile() if RANK == 0 else nullcontext() as profile:
+    with torch.profiler.profile() if trace and RANK == 0 else nullcontext() as profile:
+        if trace:
             update(sync, optimizer, batch, args, autocast)
-        if RANK == 0:
-            profile.export_chrome_trace(str(trace))
-    sync.close()
+        sync.close()                                                 # inside: messages under way when a profiler stops crash it
+    if profile:
+        profile.export_chrome_trace(str(trace))
     return memory, sent, ms[WARM_UP:]
 
 
