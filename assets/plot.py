@@ -71,7 +71,7 @@ def timeline():
                           linewidth=0.4, label="all-reduces" if i == j == 0 else None)
         axis.set_yticks(range(len(variants)), list(variants), fontsize=9)
         axis.invert_yaxis()
-        axis.set_title(f"{setting} dominates", fontsize=10, loc="left")
+        axis.set_title({"compute": "512 tokens a worker", "communication": "64 tokens a worker"}[setting], fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(0)
     axes[0].legend(frameon=False, fontsize=8, loc="lower right")
