@@ -375,7 +375,11 @@ class SubnetDataParallel:
         self.device, self.dtype = next((p.device, p.dtype) for p in self.params.values())
         if any(p.dtype != self.dtype for p in self.params.values()):
             raise ValueError("all parameters must have one dtype, since they share buckets")
-        self._plan(bucket_bytes, backward, timeout)
+        # Every rank makes the same plan, from masks and layout alone
+        self._everyone, (self._sets, self._which) = tuple(range(self.subnets)), holder_sets(masks)
+        self._plan_buckets(bucket_bytes)
+        self._plan_groups(backward, timeout)
+        self.sent_bytes = self._bytes_per_update()
         # NCCL: collectives are issued inside one side stream, so that those of overlapping groups keep their order
         nccl = self.device.type == "cuda" and "nccl" in dist.get_backend_config()
         self._stream = torch.cuda.Stream(self.device) if nccl else None
@@ -400,82 +404,78 @@ class SubnetDataParallel:
     def _count(self, subnets):                                       # |H_j|
         return len(subnets) * self.size // self.subnets
 
-    def _plan(self, bucket_bytes, backward, timeout):
-        """Buckets and process groups.  Every rank makes the same ones in the same order, from masks and layout alone."""
-        everyone = tuple(range(self.subnets))
-        sets, which = holder_sets(self.masks)
-        count = {branch: numbers.bincount(minlength=len(sets)).tolist() for branch, numbers in which.items()}
-
-        def pieces_of(full):
-            branch, dim, shape = self.layout[full]
-
-            def piece(who, numel, *where):
+    def _pieces(self, full):
+        """The pieces of a full parameter: one for each set of subnets that hold some of its rows together."""
+        branch, dim, shape = self.layout[full]
+        if dim is None:                                              # all who hold a neuron of the branch hold it
+            who = self._everyone if branch is None else tuple(self.masks[branch].any(0).nonzero().flatten().tolist())
+            sizes = {who: 1}
+        else:
+            sizes = dict(zip(self._sets, self._which[branch].bincount(minlength=len(self._sets)).tolist()))      # in neurons
+        pieces, before = [], {True: 0, False: 0}                     # rows that lie before it in this worker's parameter,
+        for who, neurons in sizes.items():                           # where the held ones have one and the frozen ones another
+            if neurons:
                 held = self.subnet in who
-                return Piece(full, who, 1 / self._count(who), numel, held, self._local.get((full, held)), *where)
+                local = self._local.get((full, held))
+                rows = 0 if dim is None else shape[dim] // len(self.masks[branch]) * neurons
+                numel = shape.numel() if dim is None else shape.numel() // shape[dim] * rows
+                whole = dim is None or local is None or rows == self.params[local].shape[dim]
+                pieces.append(Piece(full, who, 1 / self._count(who), numel, held, local, None if whole else dim, before[held], rows))
+                before[held] += rows
+        return pieces
 
-            if dim is None:
-                who = everyone if branch is None else tuple(self.masks[branch].any(0).nonzero().flatten().tolist())
-                return [piece(who, shape.numel())]
-            per, pieces = shape[dim] // len(self.masks[branch]), []
-            of_kind = {kind: [n if (self.subnet in s) == kind else 0 for s, n in zip(sets, count[branch])] for kind in (True, False)}
-            for i, (s, n) in enumerate(zip(sets, count[branch])):
-                if n:                                                # before it lie the sets of its kind, held or frozen
-                    mine = of_kind[self.subnet in s]
-                    where = (dim, sum(mine[:i]) * per, n * per) if n < sum(mine) else ()
-                    pieces.append(piece(s, shape.numel() // len(self.masks[branch]) * n, *where))
-            return pieces
-
+    def _plan_buckets(self, bucket_bytes):
+        """self.buckets: [(set of subnets, its pieces)], all there are, in the order of sending."""
         # Go through the parameters in the order of the backward pass.  Each window of about bucket_bytes makes one bucket for
         # each holder set, which is sent when the last of its gradients is there
-        window, filled, buckets = defaultdict(list), 0, []
+        window, filled, self.buckets = defaultdict(list), 0, []
         for turn, full in enumerate(reversed(self.layout)):
-            for piece in pieces_of(full):
+            for piece in self._pieces(full):
                 # A norm is held by all who hold a neuron of its branch.  Where that is none of the holder sets, there is
                 # no group for it: the whole world takes part, the others with zeros
-                window[piece.holders if piece.holders in sets else everyone].append((turn, piece))
+                window[piece.holders if piece.holders in self._sets else self._everyone].append((turn, piece))
             filled += self.layout[full][2].numel() * self.dtype.itemsize
             if filled >= bucket_bytes or turn == len(self.layout) - 1:
-                buckets += sorted(window.items(), key=lambda bucket: bucket[1][-1][0])
+                ready = sorted(window.items(), key=lambda bucket: bucket[1][-1][0])          # by the turn of their last piece
+                self.buckets += [(group, [piece for _, piece in pieces]) for group, pieces in ready]
                 window, filled = defaultdict(list), 0
-        self.buckets = [(group, [piece for _, piece in pieces]) for group, pieces in buckets]
         self._mine = [(group, pieces) for group, pieces in self.buckets if self.subnet in group]
         self._places = defaultdict(list)                             # full name -> numbers of my buckets, and of its piece in each
+        parts = defaultdict(list)
         for i, (_, pieces) in enumerate(self._mine):
             for j, p in enumerate(pieces):
                 if p.held:
                     self._places[p.full].append((i, j))
-        # For the norm: of each parameter its pieces, or if all of them have equally many holders, all of it at once
-        parts = defaultdict(list)
-        for _, pieces in self.buckets:
-            for p in pieces:
-                if p.held:
                     parts[p.local].append(p)
+        # For the norm: of each parameter its pieces, or if all of them have equally many holders, all of it at once
         self._normed = [p for pieces in parts.values() for p in
                         (pieces if len({p.share for p in pieces}) > 1 else [pieces[0]._replace(dim=None)])]
 
-        # A group for each holder set and, for backward masking, one of a holder (the root) and all non-holders.  Making a
-        # group is itself collective: all ranks make all groups, in the same order
-        self._groups, others = {everyone: dist.group.WORLD}, {everyone: dist.group.WORLD}
-        for s in sets:
-            if s != everyone and self._count(s) > 1:
+    def _plan_groups(self, backward, timeout):
+        """A process group for each holder set and, for backward masking, one of a holder (the root) and all non-holders."""
+        # Making a group is itself collective: all ranks make all groups, in the same order
+        self._groups, others = {self._everyone: dist.group.WORLD}, {self._everyone: dist.group.WORLD}
+        for s in self._sets:
+            if s != self._everyone and self._count(s) > 1:
                 self._groups[s] = dist.new_group(self._workers_of(s), timeout=timeout)
         self._refreshes = []                                         # (root, group, pieces) this worker takes part in
         for group, pieces in self.buckets if backward else ():
             # One set of holders, but in buckets of the whole world, where those of norms without a group differ
-            for who in dict.fromkeys(p.holders for p in pieces if p.holders != everyone):
+            for who in dict.fromkeys(p.holders for p in pieces if p.holders != self._everyone):
                 holders = self._workers_of(who)
-                root = holders[sets.index(group) % len(holders)] if group in sets else holders[0]      # roots rotate
+                root = holders[self._sets.index(group) % len(holders)] if group in self._sets else holders[0]    # roots rotate
                 members = sorted({root} | set(range(self.size)) - set(holders))
                 if group not in others:
                     others[group] = dist.new_group(members, timeout=timeout)
-                if group == everyone or self.rank in members:
+                if group == self._everyone or self.rank in members:
                     self._refreshes.append((root, others[group], [p for p in pieces if p.holders == who]))
         self._made = [g for g in (*self._groups.values(), *others.values()) if g is not dist.group.WORLD]
 
-        # What this worker sends in one update, by the two formulas above
+    def _bytes_per_update(self):
+        """What this worker sends in one update, by the two formulas above: of all-reduces and of refreshes."""
         size = lambda pieces: sum(p.numel for p in pieces) * self.dtype.itemsize
-        self.sent_bytes = (sum(size(pieces) * 2 * (1 - 1 / self._count(group)) for group, pieces in self._mine)
-                           + sum(size(pieces) * (1 - 1 / dist.get_world_size(group)) for _, group, pieces in self._refreshes))
+        return (sum(size(pieces) * 2 * (1 - 1 / self._count(group)) for group, pieces in self._mine)
+                + sum(size(pieces) * (1 - 1 / dist.get_world_size(group)) for _, group, pieces in self._refreshes))
 
     def close(self):
         """Ends the process groups that were made for this wrapper.  Collective."""
