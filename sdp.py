@@ -25,6 +25,7 @@ the method most clearly; real workers; and last how to choose balanced masks.
 
 import hashlib
 import math
+import os
 import weakref
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
@@ -539,7 +540,14 @@ class SubnetDataParallel:
 
     @torch.no_grad()
     def finish(self):
-        """Waits until every gradient is the average over its holders.  Call it after backward."""
+        """Waits until every gradient is the average over its holders.  Call it after backward.
+
+        Raises RuntimeError if the forward pass has not waited for the frozen weights that `refresh` asked for.
+        """
+        late = [piece.full for *_, frozen in self._coming for piece, _ in frozen]
+        if late:
+            raise RuntimeError(f"{late[0]} was used before it had arrived: the module around it was never called as one, so call "
+                               f"arrive() before the forward pass")
         if self._synchronise:
             for local, p in self.trained().items():
                 if p.grad is None:                                   # took no part in this step's loss
@@ -592,35 +600,40 @@ class SubnetDataParallel:
                         part = self._part(piece, lambda p: p.data)
                         new.view(part.shape).copy_(part)
                 work = dist.broadcast(flat, root, group, async_op=not self._stream)
-                self._coming.append((work, flat, [(p, new) for p, new in views if not p.held]))
-                if self._stream:
-                    self.arrive()
-        self._join()
+                frozen = [(p, new) for p, new in views if not p.held]
+                if self._stream:                                     # put in place by the side stream, which says so by an event
+                    self._put_in_place(frozen)
+                    work = self._stream.record_event()
+                self._coming.append((work, flat, frozen))
 
     @torch.no_grad()
     def arrive(self, left=0):
         """Waits for the weights asked for by `refresh`, until at most `left` messages are still to come."""
         while len(self._coming) > left:
-            work, _, views = self._coming.pop(0)
-            if work:
-                work.wait()
-            for piece, new in views:
-                part = self._part(piece, lambda p: p.data)
-                part.copy_(new.view(part.shape))
+            work, _, frozen = self._coming.pop(0)
+            work.wait()
+            if not self._stream:
+                self._put_in_place(frozen)
+
+    def _put_in_place(self, frozen):
+        for piece, new in frozen:
+            part = self._part(piece, lambda p: p.data)
+            part.copy_(new.view(part.shape))
 
     def _wait_in_forward(self):
-        """Lets every module that runs frozen weights wait for them: a block for those of its `rest`, a norm for its own."""
-        if not self._refreshes:
-            return
-        last = {}                                                    # module -> the last message it needs
+        """Lets every block wait for its frozen weights: the module, that is, which has all of a branch's parameters inside."""
+        paths = defaultdict(list)                                    # branch -> [path of a parameter's module, in parts]
+        for local, slot in self.slots.items():
+            paths[self.layout[slot.full][0]].append(local.split(".")[:-1])
+        last = {}                                                    # path of a block -> the last message it needs
         for i, (_, _, pieces) in enumerate(reversed(self._refreshes)):
             for p in pieces:
                 if p.local and not p.held:
-                    last[p.local.split(".rest.")[0] if ".rest." in p.local else p.local.rpartition(".")[0]] = i
+                    last[".".join(os.path.commonprefix(paths[self.layout[p.full][0]]))] = i
         arrive = weakref.WeakMethod(self.arrive)
-        wait = torch.compiler.disable(lambda left: arrive() and arrive()(left))              # in a compiled block as well
         for path, i in last.items():
-            self.module.get_submodule(path).register_forward_pre_hook(lambda *_, left=len(self._refreshes) - 1 - i: wait(left))
+            wait = lambda *_, left=len(self._refreshes) - 1 - i: arrive() and arrive()(left)
+            self.module.get_submodule(path).register_forward_pre_hook(wait)
 
     # -- between parameters and flat buffers -------------------------------------------------------------------------
 

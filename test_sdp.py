@@ -667,6 +667,68 @@ def test_a_model_of_the_users_own(run_on):
     assert all(run_on(3, _own_mlp, sdp_counts := masks["inside"].sum(0).tolist(), masks)), sdp_counts
 
 
+def _block_that_is_never_called(masks, arrive):
+    """Backward masking of a model in which `inside` is a mere container, so that no hook of it can wait for frozen weights."""
+    class Net(nn.Module):
+        def __init__(self, n):
+            super().__init__()
+            self.inside, self.inside.rest = nn.Module(), nn.Module()
+            for part, n in (self.inside, n), (self.inside.rest, 6 - n):
+                part.up, part.down = nn.Linear(4, n, bias=False), nn.Linear(n, 4, bias=False)
+
+        def forward(self, x):
+            return x + sum(part.down(part.up(x)) for part in (self.inside, self.inside.rest))
+    layout = {"inside.up.weight": ("inside", 0, torch.Size([6, 4])), "inside.down.weight": ("inside", 1, torch.Size([4, 6]))}
+    rank = dist.get_rank()
+    with torch.device("meta"):
+        net = Net(int(masks["inside"][:, rank].sum()))
+    sdp.materialize(net, masks, layout, rank, sdp.fresh(layout, lambda name, t, g: t.normal_(generator=g), 0))
+    sync = sdp.SubnetDataParallel(net, masks, layout, backward=True)
+    optimizer = torch.optim.SGD(sync.trained().values(), lr=0.1)
+    for step in range(2):
+        if arrive:
+            sync.arrive()
+        net(torch.randn(5, 4, generator=torch.Generator().manual_seed(rank))).square().mean().backward()
+        try:
+            sync.finish()
+        except RuntimeError as e:
+            return step, str(e)
+        optimizer.step()
+        optimizer.zero_grad()
+        sync.refresh()
+    sync.arrive()
+    for full, weight in sync.gather(sync.params):
+        assert torch.equal(net.get_parameter(full.replace("inside.", "inside.rest.")), sdp.cut(weight, sync.slots[full.replace("inside.", "inside.rest.")]))
+
+
+def test_frozen_weights_are_never_used_before_they_have_arrived(run_on):
+    masks = {"inside": torch.tensor([[1, 0], [0, 1], [1, 0], [0, 1], [0, 1], [1, 1]], dtype=torch.bool)}
+    for step, message in run_on(2, _block_that_is_never_called, masks, False):
+        assert step == 1 and "was used before it had arrived" in message
+    assert run_on(2, _block_that_is_never_called, masks, True) == [None, None]
+
+
+def test_fused_adamw_rounds_alike_wherever_a_neuron_lies():
+    """What make_optimizer relies on: in tensors of whole vectors a neuron's place does not matter."""
+    torch.manual_seed(0)
+    for turn in range(50):
+        n, cols, first = int(torch.randint(2, 200, ())), 16 * int(torch.randint(1, 9, ())), int(torch.randint(0, 2, ()))
+        whole, grads = torch.randn(n, cols), torch.randn(3, n, cols)
+
+        def trained(rows):                                           # rows along dimension 1 in every second turn
+            way = (lambda t: t[rows].t().contiguous()) if turn % 2 else (lambda t: t[rows].contiguous())
+            p = nn.Parameter(way(whole))
+            optimizer = train.make_optimizer([p], 1e-3, False)
+            assert optimizer.defaults["fused"]
+            for g in grads:
+                p.grad = way(g)
+                optimizer.step()
+            return p.detach().t() if turn % 2 else p.detach()
+        rows = slice(n // 3 + first, None)
+        assert torch.equal(trained(slice(None))[rows], trained(rows))
+    assert not train.make_optimizer([nn.Parameter(torch.zeros(16)), nn.Parameter(torch.zeros(17))], 1e-3, False).defaults["fused"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Real savings
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1633,8 +1695,8 @@ def test_the_plan_is_what_the_tracker_sees_on_real_tensors_and_what_the_allocato
             real, really_sent, sync, optimizer = measured(design, rank, batch=batch)
             assert planned["peak"] == pytest.approx(real["peak"], rel=0.02)
             assert sum(planned.values()) == 2 * planned["peak"] and min(planned.values()) >= 0
-            assert sent == really_sent and (name == "fsdp" or sent == pytest.approx(sync.sent_bytes, abs=1))
-            if name == "fsdp":
+            assert sent == really_sent and (name.startswith("fsdp") or sent == pytest.approx(sync.sent_bytes, abs=1))
+            if name.startswith("fsdp"):
                 continue                                             # the allocator's count of its own start is not known
             # The third update has no tracker, but the allocator's own count.  DDP's buckets are there throughout, made anew in the second
             alive = [*sync.params.values(), *(t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t))]
@@ -1724,7 +1786,7 @@ def test_bench_on_real_workers(run_on, tmp_path, small_images, more):
         whole += 4 * shape.numel()
         branch += 4 * shape.numel() * (where is not None)
     assert rows["ddp"]["sent_bytes"] == pytest.approx(whole * 2 * 3 / 4, rel=1e-6)
-    assert rows["fsdp"]["sent_bytes"] >= whole * 2 * 3 / 4
+    assert rows["fsdp"]["sent_bytes"] > rows["fsdp-zero2"]["sent_bytes"] >= whole * 2 * 3 / 4        # it pads the first dimension
     if not more:                                                     # equal blocks: h = 2 holders of half the branch bytes
         assert rows["sdp-forward-block"]["sent_bytes"] == pytest.approx((whole - branch) * 2 * 3 / 4 + branch / 2, rel=1e-6)
     for r in rows:
@@ -1735,7 +1797,7 @@ def test_bench_on_real_workers(run_on, tmp_path, small_images, more):
 def test_bench_alone(tmp_path, capsys):
     train.main(["--bench", "1", "--subnets", "2", "--batch-size", "2", "--seq-len", "16", "--out-dir", str(tmp_path), "--compile", "--device", "cpu"])
     rows = json.loads((tmp_path / "bench.json").read_text())
-    assert [r["variant"] for r in rows] == list(train.VARIANTS) and "of which one is here, without communication" in capsys.readouterr().out
+    assert [r["variant"] for r in rows] == list(train.VARIANTS) and "of which one at a time is here, without communication" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", train.VARIANTS)
@@ -1844,36 +1906,63 @@ def all_reduces(path):
     return (end - start) / 1000, [(a / 1000, b / 1000) for a, b in spans]
 
 
+def covered(spans, end=math.inf):
+    """How much of the time before `end` lies in at least one of the spans, which are in order."""
+    total, until = 0.0, -math.inf
+    for a, b in spans:
+        total, until = total + max(0.0, min(b, end) - max(a, until)), max(until, min(b, end))
+    return total
+
+
 def overlap(backward, spans):
-    """Part of the communication that could run beside backward, and does.  The last bucket is complete only at its end."""
-    spans = [(a, b) for a, b in spans if a < backward - 1]           # begun before the end
-    if not spans:
-        return None
-    busy, until = 0.0, spans[0][0]
-    for a, b in spans:
-        busy, until = busy + max(0.0, b - max(a, until)), max(until, b)
-    inside, until = 0.0, spans[0][0]
-    for a, b in spans:
-        a, b = max(a, until), min(b, backward)
-        inside, until = inside + max(0.0, b - a), max(until, b)
-    return inside / min(busy, backward - spans[0][0])
+    """Part of the communication that could run beside backward, and does: of all of it, or, where that takes longer than from
+    the first message to the end of backward, of this time."""
+    return covered(spans, backward) / min(covered(spans), backward - spans[0][0])
+
+
+def test_overlap_by_hand():
+    assert covered([(1, 3), (2, 4), (6, 8)]) == 5 and covered([(1, 3), (2, 4), (6, 8)], 7) == 4 and covered([(1, 9), (2, 3)], 5) == 4
+    assert overlap(10, [(8, 12)]) == 1                               # it took all the time there was
+    assert overlap(10, [(0, 4), (12, 14)]) == pytest.approx(4 / 6)
+    assert overlap(10, [(4, 6), (12, 20)]) == pytest.approx(2 / 6)
 
 
 @slow
 @only_when_asked
 def test_step_times_and_overlap_over_a_slow_link(tmp_path):
     rows, timeline = [], {}
-    for rate, name, more in (("1gbit", "compute", ["--batch-size", "2", "--seq-len", "256"]), ("1gbit", "communication", ["--batch-size", "1", "--seq-len", "64"])):
-        with two_hosts(rate) as run:
-            run(["--model", "llama-134m", "--bench", "3", "--device", "cpu", "--out-dir", str(tmp_path / name), *more], timeout=3000)
+    for name, more in ("compute", ["--batch-size", "2", "--seq-len", "256"]), ("communication", ["--batch-size", "1", "--seq-len", "64"]):
+        with two_hosts("1gbit") as run:
+            run(["--model", "llama-134m", "--bench", "6", "--device", "cpu", "--out-dir", str(tmp_path / name), *more], timeout=3000)
         for row in json.loads((tmp_path / name / "bench.json").read_text()):
-            backward, spans = all_reduces(tmp_path / name / f"trace-{row['variant']}.json")
-            row = {"rate": rate, "setting": name, **row, "overlap": overlap(backward, spans)}
-            rows.append(row)
-            if row["variant"] in ("ddp", "sdp-forward-block", "sdp-backward-neuron"):
-                timeline.setdefault(name, {})[row["variant"]] = {"backward_ms": backward, "all_reduces_ms": spans}
+            if not row["variant"].startswith("fsdp"):                # on gloo its collectives block: nothing runs beside them
+                backward, spans = all_reduces(tmp_path / name / f"trace-{row['variant']}.json")
+                spans = spans[:-1] if row["variant"].startswith("sdp") else spans         # the last is one number, for clipping
+                row |= {"overlap": overlap(backward, spans), "backward_ms": backward, "after_backward_ms": max(0, spans[-1][1] - backward)}
+                if row["variant"] in ("ddp", "sdp-forward-block", "sdp-backward-neuron"):
+                    timeline.setdefault(name, {})[row["variant"]] = {"backward_ms": backward, "all_reduces_ms": spans}
+            rows.append({"setting": name, **row})
     write_result("slow_link.jsonl", rows)
     (HERE / "assets" / "timeline.json").write_text(json.dumps(timeline) + "\n")
+    assert all(row.get("overlap", 1) >= 0.7 for row in rows)
+
+
+@slow
+@only_when_asked
+def test_what_compile_gains(tmp_path):
+    """Benches with and without --compile in turns, so that both see the same weather."""
+    ms = defaultdict(list)
+    for turn in range(6):
+        for way in ([], ["--compile"])[::1 if turn % 2 else -1]:
+            torchrun(4, ["--bench", "3", "--device", "cpu", "--out-dir", str(tmp_path), *way], timeout=900)
+            for row in json.loads((tmp_path / "bench.json").read_text()):
+                ms[row["variant"], bool(way)].append(row["step_ms"])
+    rows = []
+    for name in train.VARIANTS:
+        eager, compiled = np.array(ms[name, False]), np.array(ms[name, True])
+        rows.append({"variant": name, "eager_ms": float(np.median(eager)), "compiled_ms": float(np.median(compiled)),
+                     "ratio": float(np.median(compiled / eager)), "quartiles": np.quantile(compiled / eager, [0.25, 0.75]).tolist()})
+    write_result("compile.jsonl", rows)
 
 
 @slow
@@ -1881,14 +1970,17 @@ def test_step_times_and_overlap_over_a_slow_link(tmp_path):
 def test_losses_in_bf16_are_those_in_float32(tmp_path):
     rows = []
     for name, flags_of in train.VARIANTS.items():
-        if name in ("fsdp", "ddp-checkpoint"):
+        if name.startswith("fsdp") or name == "ddp-checkpoint":      # not in training; recomputing changes nothing
             continue
         losses = {}
         for dtype in ("fp32", "bf16"):
-            torchrun(4, [f"--{flag}={value}" for flag, value in flags_of.items()] + ["--dtype", dtype, "--steps", "200", "--batch-size", "2",
+            torchrun(4, [f"--{flag}={value}" for flag, value in flags_of.items()] + ["--dtype", dtype, "--steps", "200", "--log-every", "1",
                         "--eval-every", "1000", "--out-dir", str(tmp_path / name / dtype), "--device", "cpu"], timeout=900)
-            losses[dtype] = [line["loss"] for line in metrics(tmp_path / name, dtype)]
-        rows.append({"variant": name, **losses, "largest_difference": max(abs(a / b - 1) for a, b in zip(losses["bf16"], losses["fp32"], strict=True))})
+            losses[dtype] = np.array([line["loss"] for line in metrics(tmp_path / name, dtype)])
+        single = np.abs(losses["bf16"] / losses["fp32"] - 1).max()
+        fp32, bf16 = (losses[dtype].reshape(20, 10).mean(1) for dtype in ("fp32", "bf16"))       # means over ten updates
+        rows.append({"variant": name, "fp32": fp32.tolist(), "bf16": bf16.tolist(), "mean_difference": (bf16 / fp32 - 1).mean(),
+                     "largest_difference": np.abs(bf16 / fp32 - 1).max(), "largest_of_one_update": single})
     write_result("bf16.jsonl", rows)
     assert all(row["largest_difference"] < 0.02 for row in rows)
 

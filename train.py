@@ -261,16 +261,16 @@ class Design:
         args = self.args
         model.checkpoint_activations = args.checkpoint_activations
         with unset_fake_temporarily():                               # masks are real numbers even where the model is not (--plan)
-            if args.parallel == "fsdp":
+            if args.parallel.startswith("fsdp"):
                 mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
             else:
                 sync = sdp.SubnetDataParallel(model, self.masks, self.layout, self.backward, reduce=args.parallel == "sdp",
                                               timeout=timedelta(seconds=args.timeout))
-        if args.parallel == "fsdp":
-            return Sharded(model, mesh)
-        if args.parallel == "ddp":            # torch's own averages the gradients (reduce=False); sync still clips and gathers
+        if args.parallel.startswith("fsdp"):
+            return Sharded(model, mesh, reshard=args.parallel == "fsdp")
+        if args.parallel == "ddp":            # torch's own averages the gradients (reduce=False); sync still gathers
             sync.module = DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)
-            sync.no_sync = sync.module.no_sync
+            sync.no_sync, sync.clip_grad_norm = sync.module.no_sync, partial(nn.utils.clip_grad_norm_, list(model.parameters()))
             if dist.get_backend() == "fake":
                 sync.module.register_comm_hook(None, without_peers)
         return sync
@@ -283,7 +283,7 @@ def blocks_of(model):
 def compile_blocks(model):
     """Block by block, so that gradients still come one block at a time; blocks of equal sizes are compiled once."""
     for block in blocks_of(model):
-        block.compile()
+        block.forward = torch.compile(block.forward)                 # hooks, such as FSDP's, stay outside
 
 
 def accumulate(sync, batch, micro_steps, autocast):
@@ -484,12 +484,12 @@ def evaluate(sync, full, dataset, loss, autocast):
     return total / count, right / count
 
 
-def make_optimizer(params, lr, images, fused):
-    """The usual recipes: momentum for images (as in arXiv 1708.04552, section 4.1), AdamW for text.
-
-    fused: AdamW without temporary tensors.  Not on CPUs: there it rounds the last few numbers of a tensor in another way, and
-    the replicas of a neuron, which have it at different places, would no longer be bit-identical.
-    """
+def make_optimizer(params, lr, images):
+    """The usual recipes: momentum for images (as in arXiv 1708.04552, section 4.1), AdamW for text."""
+    params = list(params)
+    # Fused is faster and has no temporary tensors.  But on CPUs it rounds what is beyond the last whole vector (at most 16
+    # numbers) of a tensor in another way: the replicas of a neuron, which have it at different places, would part
+    fused = all(p.device.type == "cuda" or p.numel() % 16 == 0 for p in params)
     if images:
         return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     return torch.optim.AdamW([{"params": [p for p in params if p.dim() > 1], "weight_decay": 0.1},
@@ -526,6 +526,7 @@ VARIANTS = {                                                         # name -> t
     "ddp": dict(parallel="ddp"),
     "ddp-checkpoint": dict(parallel="ddp", checkpoint_activations=True),
     "fsdp": dict(parallel="fsdp"),
+    "fsdp-zero2": dict(parallel="fsdp-zero2"),                       # keeps the gathered weights until the backward pass
     **{f"sdp-{masking}-{level}": dict(parallel="sdp", masking=masking, level=level)
        for masking in ("forward", "backward") for level in ("block", "neuron")},
 }
@@ -533,14 +534,18 @@ WARM_UP, TIMED = 1, 3                                                # updates o
 
 
 class Sharded:
-    """FSDP2, `fully_shard` on each block, with the interface of sdp.SubnetDataParallel as far as it is needed here."""
+    """FSDP2, `fully_shard` on each block, with the interface of sdp.SubnetDataParallel as far as it is needed here.
+
+    reshard: free a block's gathered weights after its forward pass, and gather them once more for the backward pass (ZeRO-3);
+    otherwise they stay (ZeRO-2).  Gradients are reduced in every micro-step, as they do not fit whole.
+    """
 
     no_sync = nullcontext
 
-    def __init__(self, model, mesh):
+    def __init__(self, model, mesh, reshard):
         self.device, self.workers, self.module = next(model.parameters()).device, [dist.get_rank()], model
         for block in blocks_of(model):
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
         fully_shard(model, mesh=mesh)
 
     def trained(self):
@@ -633,8 +638,7 @@ def first_update(design, model, batch, autocast, fake=nullcontext()):
     with fake:
         with tracker:
             sync = design.wrap(model)
-            fused = sync.device.type == "cuda" or isinstance(fake, FakeTensorMode)       # unfused reads a number, and there is none
-            optimizer = make_optimizer(sync.trained().values(), args.lr, design.family is resnet, fused)
+            optimizer = make_optimizer(sync.trained().values(), args.lr, design.family is resnet)
             for p in sync.trained().values():
                 p.grad = torch.zeros_like(p)
             optimizer.step()                                         # an optimizer makes its state in its first step
@@ -655,11 +659,11 @@ def designs(args, config):
 
 
 def largest(design):
-    """Subnetworks that can be the one with the highest peak: with most bytes, most activations, most of both together."""
+    """Subnetworks that can need most of something: those with most bytes, FLOPs, activations, or bytes and activations together."""
     if not design.masks:
         return [0]
-    load = sdp.loads(design.masks, design.branches)[:, [0, 2]]       # [subnets, (bytes, activations)]
-    return sorted({int(s) for s in (*load.argmax(0), load.sum(1).argmax())})
+    load = sdp.loads(design.masks, design.branches)                  # [subnets, (bytes, FLOPs, activations)]
+    return sorted({int(s) for s in (*load.argmax(0), load[:, [0, 2]].sum(1).argmax())})
 
 
 def size_of(design, world, batch):
@@ -669,7 +673,7 @@ def size_of(design, world, batch):
     s = int(sdp.loads(design.masks, design.branches)[:, 1].argmax()) if design.masks else 0
     most, _ = models[s], sdp.slots(models[s], design.masks, design.layout, s)            # which freezes what does not train
     most.checkpoint_activations = design.args.checkpoint_activations
-    return {"params": -(-params // world) if design.args.parallel == "fsdp" else params,
+    return {"params": -(-params // world) if design.args.parallel.startswith("fsdp") else params,
             "flops": measure_flops(most, batch) * design.args.grad_accum}
 
 
@@ -756,14 +760,14 @@ def bench(args, device):
     """Times --bench updates of each variant, measures memory and bytes.  The variants take turns, so that all of them see the
     same weather, and each is torn down before the next is built, so that memory is its own.
 
-    Without torchrun: the worker with most to hold, without its peers, hence without communication.
+    Without torchrun: the workers with most to hold, one after another, without their peers, hence without communication.
     """
     settle(args, None)
     dataset, config, _ = load_data(args, device)
     world, everything, rows, rounds = WORLD if DISTRIBUTED else args.subnets, designs(args, config), {}, []
     batch = lambda worker, micro: dataset.batch("train", micro, worker, world)
     make_folder(args.out_dir)
-    say(f"{args.model} on {args.data}, {world} workers{'' if DISTRIBUTED else ', of which one is here, without communication'}, {args.subnets} "
+    say(f"{args.model} on {args.data}, {world} workers{'' if DISTRIBUTED else ', of which one at a time is here, without communication'}, {args.subnets} "
         f"subnetworks, coverage {args.coverage}, batch {args.batch_size} a worker, {device.type}, {args.dtype}{', compiled' if args.compile else ''}")
     for done in range(0, args.bench, TIMED):
         rounds.append({})
@@ -771,14 +775,17 @@ def bench(args, device):
         for name, design in everything.items():
             phase(f"the bench of {name}")
             trace = args.out_dir / f"trace-{name}.json" if done + updates == args.bench else None
-            with nullcontext() if DISTRIBUTED else alone(largest(design)[-1], world):
-                memory, sent, ms = take_turn(design, batch, device, updates, trace)
-            gc.collect()
-            rounds[-1][name] = over_ranks(ms, dist.ReduceOp.MAX, device)         # an update is over when all ranks are done
-            seen = [(memory, sent)] * WORLD
+            turns = []
+            for rank in [RANK] if DISTRIBUTED else largest(design):
+                with nullcontext() if DISTRIBUTED else alone(rank, world):
+                    turns.append(take_turn(design, batch, device, updates, trace))
+                gc.collect()
             if DISTRIBUTED:
-                dist.all_gather_object(seen, (memory, sent))
-            rows[name] = {"variant": name, "memory": max((m for m, _ in seen), key=lambda m: m["peak"]), "sent_bytes": max(s for _, s in seen)}
+                mine, turns = turns[0], [None] * WORLD
+                dist.all_gather_object(turns, mine)
+            memory, sent, ms = zip(*turns)
+            rounds[-1][name] = [max(times) for times in zip(*ms)]    # an update is over when all ranks are done
+            rows[name] = {"variant": name, "memory": max(memory, key=lambda m: m["peak"]), "sent_bytes": max(sent)}
         say(f"  {done + updates} of {args.bench} updates")
     for name, design in everything.items():
         ms = [t for one in rounds for t in one[name]]
@@ -976,7 +983,7 @@ def train(args, device, checkpoint):
     else:
         sync = sdp.Simulation(modules, masks, layout, value, workers, device)
     trained = sync.trained()
-    optimizer = make_optimizer(trained.values(), args.lr, images, fused=device.type == "cuda")
+    optimizer = make_optimizer(trained.values(), args.lr, images)
     for local, p in trained.items() if checkpoint else ():
         for key, example in next(iter(checkpoint["optimizer"].values())).items():
             if torch.is_tensor(example):
