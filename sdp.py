@@ -325,7 +325,7 @@ class Simulation:
 #            clip       one scalar over the world
 #            step       local: AdamW, or any optimizer that treats every number by itself
 #            refresh    backward masking only: new weights, from one holder of each set to those that run them frozen,
-#                       which arrive while the next forward pass runs
+#                       which arrive while the next forward pass runs (on gloo)
 #
 # Bytes.  A ring all-reduce among h workers sends 2 (h-1)/h bytes per byte and worker, which is optimal.  For W = S and
 # coverage k/S, per branch byte and worker: a worker holds k/S of it, and sends 2 (k-1)/k for each of them: 2 (k-1)/S.  A
@@ -356,13 +356,13 @@ class SubnetDataParallel:
 
     module: the subnetwork (rank mod S), its weights equal to the other holders' (see `materialize`).  masks and layout as
     above; masks {} is plain data parallelism.  backward: the masking is backward masking.  All of them the same on every
-    rank.  bucket_bytes: after about so many bytes of the full model's gradient its buckets are sent, one for each holder
-    set.  reduce False: leave gradients alone (somebody else averages them).  timeout: of the process groups, a timedelta.
+    rank.  bucket_bytes: there is one bucket for each holder set, and once the largest has so many bytes, new ones are
+    begun.  reduce False: leave gradients alone (somebody else averages them).  timeout: of the process groups, a timedelta.
     The loss must be the mean over this worker's batch.  Any elementwise optimizer works (SGD, Adam), over `self.trained()`.
     `sent_bytes` is what this worker sends in one update.
     """
 
-    def __init__(self, module, masks, layout, backward=False, bucket_bytes=25 * 2**20, reduce=True, timeout=None):
+    def __init__(self, module, masks, layout, backward=False, bucket_bytes=16 * 2**20, reduce=True, timeout=None):
         self.module, self.layout, self.masks = module, layout, masks
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.subnets = next(iter(masks.values())).shape[1] if masks else 1
@@ -427,19 +427,20 @@ class SubnetDataParallel:
 
     def _plan_buckets(self, bucket_bytes):
         """self.buckets: [(set of subnets, its pieces)], all there are, in the order of sending."""
-        # Go through the parameters in the order of the backward pass.  Each window of about bucket_bytes makes one bucket for
-        # each holder set, which is sent when the last of its gradients is there
-        window, filled, self.buckets = defaultdict(list), 0, []
+        # Go through the parameters in the order of the backward pass, until the largest bucket is full; then begin new ones.  A
+        # bucket is sent when the last of its gradients is there
+        window, filled, self.buckets = defaultdict(list), defaultdict(int), []
         for turn, full in enumerate(reversed(self.layout)):
             for piece in self._pieces(full):
                 # A norm is held by all who hold a neuron of its branch.  Where that is none of the holder sets, there is
                 # no group for it: the whole world takes part, the others with zeros
-                window[piece.holders if piece.holders in self._sets else self._everyone].append((turn, piece))
-            filled += self.layout[full][2].numel() * self.dtype.itemsize
-            if filled >= bucket_bytes or turn == len(self.layout) - 1:
+                group = piece.holders if piece.holders in self._sets else self._everyone
+                window[group].append((turn, piece))
+                filled[group] += piece.numel * self.dtype.itemsize
+            if max(filled.values()) >= bucket_bytes or turn == len(self.layout) - 1:
                 ready = sorted(window.items(), key=lambda bucket: bucket[1][-1][0])          # by the turn of their last piece
                 self.buckets += [(group, [piece for _, piece in pieces]) for group, pieces in ready]
-                window, filled = defaultdict(list), 0
+                window, filled = defaultdict(list), defaultdict(int)
         self._mine = [(group, pieces) for group, pieces in self.buckets if self.subnet in group]
         self._places = defaultdict(list)                             # full name -> numbers of my buckets, and of its piece in each
         parts = defaultdict(list)
@@ -589,7 +590,8 @@ class SubnetDataParallel:
     def refresh(self):
         """Backward masking: asks for the weights that were updated elsewhere.  Forward masking: nothing to do.
 
-        They arrive beside the next forward pass, in which each block waits for its own.
+        They arrive beside the next forward pass, in which each block waits for its own.  With NCCL all is waited for at once:
+        a collective of somebody else's could otherwise meet them in another order on another rank.
         """
         self.arrive()
         with self._side_stream():
@@ -600,25 +602,21 @@ class SubnetDataParallel:
                         part = self._part(piece, lambda p: p.data)
                         new.view(part.shape).copy_(part)
                 work = dist.broadcast(flat, root, group, async_op=not self._stream)
-                frozen = [(p, new) for p, new in views if not p.held]
-                if self._stream:                                     # put in place by the side stream, which says so by an event
-                    self._put_in_place(frozen)
-                    work = self._stream.record_event()
-                self._coming.append((work, flat, frozen))
+                self._coming.append((work, flat, [(p, new) for p, new in views if not p.held]))
+                if self._stream:
+                    self.arrive()
+        self._join()
 
     @torch.no_grad()
     def arrive(self, left=0):
         """Waits for the weights asked for by `refresh`, until at most `left` messages are still to come."""
         while len(self._coming) > left:
             work, _, frozen = self._coming.pop(0)
-            work.wait()
-            if not self._stream:
-                self._put_in_place(frozen)
-
-    def _put_in_place(self, frozen):
-        for piece, new in frozen:
-            part = self._part(piece, lambda p: p.data)
-            part.copy_(new.view(part.shape))
+            if work:                                                 # None: the side stream keeps the order
+                work.wait()
+            for piece, new in frozen:
+                part = self._part(piece, lambda p: p.data)
+                part.copy_(new.view(part.shape))
 
     def _wait_in_forward(self):
         """Lets every block wait for its frozen weights: the module, that is, which has all of a branch's parameters inside."""
