@@ -449,6 +449,12 @@ class SubnetDataParallel:
                 if p.held:
                     self._places[p.full].append((i, j))
                     parts[p.local].append(p)
+        # For each of my buckets the parameters of which it has the last rows, others having come before
+        self._completed = [[] for _ in self._mine]
+        for places in self._places.values():
+            i, j = places[-1]
+            if self._mine[i][1][j].dim is not None:
+                self._completed[i].append(self._mine[i][1][j].local)
         # For the norm: of each parameter its pieces, or if all of them have equally many holders, all of it at once
         self._normed = [p for pieces in parts.values() for p in
                         (pieces if len({p.share for p in pieces}) > 1 else [pieces[0]._replace(dim=None)])]
@@ -535,9 +541,11 @@ class SubnetDataParallel:
         for p, new in views:
             if not p.held:                                           # a norm whose holders have no group: nothing to add
                 new.zero_()
+        work = None
         if self._count(group) > 1:
             with self._side_stream():
-                self._flying.append((dist.all_reduce(flat, group=self._groups[group], async_op=not self._stream), flat))
+                work = dist.all_reduce(flat, group=self._groups[group], async_op=not self._stream)
+        self._flying.append((work, flat))
 
     @torch.no_grad()
     def finish(self):
@@ -557,14 +565,14 @@ class SubnetDataParallel:
                     self._collect(self.slots[local].full)
             while self._next < len(self._mine):
                 self._send()
-            for work, _ in self._flying:
-                if work:                                             # None: the side stream keeps the order
-                    work.wait()
             self._join()
-            self._flying.clear()
-            while self._rows:                                        # those in several buckets, one after another
-                local, views = self._rows.popitem()
-                self.params[local].grad = torch.cat([new for _, new in sorted(views, key=lambda v: v[0].start)], views[0][0].dim)
+            for completed in self._completed:                        # while the later ones are still under way
+                work, _ = self._flying.pop(0)
+                if work:                                             # None: nothing to wait for, or the side stream does
+                    work.wait()
+                for local in completed:
+                    views = sorted(self._rows.pop(local), key=lambda view: view[0].start)
+                    self.params[local].grad = torch.cat([new for _, new in views], views[0][0].dim)
             self._restart()
 
     @torch.no_grad()
