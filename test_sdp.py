@@ -1874,7 +1874,8 @@ def readme_tables():
     for r in rows("compile.jsonl"):
         yield f"| {r['variant']} | {r['eager_ms']:.0f} | {r['compiled_ms']:.0f} | {r['ratio']:.2f} ({r['quartiles'][0]:.2f} – {r['quartiles'][1]:.2f}) |"
     for r in rows("bf16.jsonl"):
-        yield f"| {r['variant']} | {r['mean_difference']:+.2%} | {r['largest_difference']:.2%} | {r['largest_of_one_update']:.2%} |"
+        yield (f"| {r['variant']} | {r['mean_difference']:+.2%} | {r['largest_difference']:.2%} | {r['largest_of_one_update']:.2%} | "
+               f"{r['val_loss']['fp32']:.3f} | {r['val_loss']['bf16']:.3f} |")
 
 
 def test_tables_in_the_readme_are_those_of_the_result_files():
@@ -2009,15 +2010,16 @@ def test_losses_in_bf16_are_those_in_float32(tmp_path):
     for name, flags_of in train.VARIANTS.items():
         if name.startswith("fsdp") or name == "ddp-checkpoint":      # not in training; recomputing changes nothing
             continue
-        losses = {}
+        losses, val = {}, {}
         for dtype in ("fp32", "bf16"):
             torchrun(4, [f"--{flag}={value}" for flag, value in flags_of.items()] + ["--dtype", dtype, "--steps", "200", "--log-every", "1",
                         "--eval-every", "1000", "--out-dir", str(tmp_path / name / dtype), "--device", "cpu"], timeout=900)
-            losses[dtype] = np.array([line["loss"] for line in metrics(tmp_path / name, dtype)])
+            lines = metrics(tmp_path / name, dtype)
+            losses[dtype], val[dtype] = np.array([line["loss"] for line in lines]), lines[-1]["val_loss"]
         single = np.abs(losses["bf16"] / losses["fp32"] - 1).max()
         fp32, bf16 = (losses[dtype].reshape(20, 10).mean(1) for dtype in ("fp32", "bf16"))       # means over ten updates
         rows.append({"variant": name, "fp32": fp32.tolist(), "bf16": bf16.tolist(), "mean_difference": (bf16 / fp32 - 1).mean(),
-                     "largest_difference": np.abs(bf16 / fp32 - 1).max(), "largest_of_one_update": single})
+                     "largest_difference": np.abs(bf16 / fp32 - 1).max(), "largest_of_one_update": single, "val_loss": val})
     write_result("bf16.jsonl", rows)
     assert all(row["largest_difference"] < 0.02 for row in rows)
 
