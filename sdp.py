@@ -27,7 +27,7 @@ import hashlib
 import math
 import os
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -466,12 +466,19 @@ class SubnetDataParallel:
         for s in self._sets:
             if s != self._everyone and self._count(s) > 1:
                 self._groups[s] = dist.new_group(self._workers_of(s), timeout=timeout)
+        # Roots: nobody twice while another holder has not been one.  Among these one near the non-holders: on one host ranks r and
+        # n differ in their last bits, so r ^ n is small, and links between hosts are slow
+        roots, led = {}, Counter()
+        for s in self._sets:
+            holders, rest = self._workers_of(s), self._workers_of(set(self._everyone) - set(s))
+            roots[s] = min(holders, key=lambda r: (led[r], sum(r ^ n for n in rest)))
+            led[roots[s]] += 1
         self._refreshes = []                                         # (root, group, pieces) this worker takes part in
         for group, pieces in self.buckets if backward else ():
             # One set of holders, but in buckets of the whole world, where those of norms without a group differ
             for who in dict.fromkeys(p.holders for p in pieces if p.holders != self._everyone):
                 holders = self._workers_of(who)
-                root = holders[self._sets.index(group) % len(holders)] if group in self._sets else holders[0]    # roots rotate
+                root = roots.get(who, holders[0])
                 members = sorted({root} | set(range(self.size)) - set(holders))
                 if group not in others:
                     others[group] = dist.new_group(members, timeout=timeout)
@@ -622,9 +629,14 @@ class SubnetDataParallel:
             work, _, frozen = self._coming.pop(0)
             if work:                                                 # None: the side stream keeps the order
                 work.wait()
+            # Parameters that arrived whole live in the message from now on (aligned ones: compiled code may count on it)
+            stay = all(piece.dim is None and new.storage_offset() % 16 == 0 for piece, new in frozen)
             for piece, new in frozen:
                 part = self._part(piece, lambda p: p.data)
-                part.copy_(new.view(part.shape))
+                if stay:
+                    self.params[piece.local].data = new.view(part.shape)
+                else:
+                    part.copy_(new.view(part.shape))
 
     def _wait_in_forward(self):
         """Lets every block wait for its frozen weights: the module, that is, which has all of a branch's parameters inside."""

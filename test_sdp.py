@@ -893,6 +893,16 @@ def test_every_pair_of_ranks_agrees_on_its_collectives_and_bytes_are_optimal(sub
         assert max(sent for _, sent, _ in runs) <= ddp / world * 1.02
 
 
+@pytest.mark.parametrize("level", ["block", "neuron"])
+def test_refreshes_stay_on_one_host_and_no_worker_sends_two(level, monkeypatch):
+    masks, roots = masks_for(TINY, 4, 3, level), set()
+    for rank in range(4):
+        calls = [(who, root) for who, kind, _, root in replay(masks, True, rank, 4, 2**20, monkeypatch)[0] if kind == "broadcast"]
+        assert {who[0] // 2 for who, _ in calls} == {who[-1] // 2 for who, _ in calls} == {rank // 2}     # hosts of two ranks
+        roots |= {root for _, root in calls if root == rank}
+    assert len(roots) == len(sdp.holder_sets(masks)[0])
+
+
 def test_1024_workers_need_no_more_groups_than_8(monkeypatch):
     masks = masks_for(TINY, 8, 6, "block")
     start = time.process_time()
