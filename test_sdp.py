@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -1884,6 +1885,9 @@ def readme_tables():
         yield f"| {a['variant']} | {' | '.join(cells)} | {of_ddp(a, sent, link[0])} |"
     for r in rows("compile.jsonl"):
         yield f"| {r['variant']} | {r['eager_ms']:.0f} | {r['compiled_ms']:.0f} | {r['ratio']:.2f} ({r['quartiles'][0]:.2f} – {r['quartiles'][1]:.2f}) |"
+    for r in rows("quality.jsonl"):
+        loss = np.array(r["val_loss"])
+        yield f"| {r['variant']} | {r['workers']} | {', '.join(f'{v:.3f}' for v in loss)} | {loss.mean():.3f} ± {loss.std(ddof=1):.3f} |"
     for r in rows("bf16.jsonl"):
         yield (f"| {r['variant']} | {r['mean_difference']:+.2%} | {r['largest_difference']:.2%} | {r['largest_of_one_update']:.2%} | "
                f"{r['val_loss']['fp32']:.3f} | {r['val_loss']['bf16']:.3f} |")
@@ -2013,6 +2017,24 @@ def test_what_compile_gains(tmp_path):
         rows.append({"variant": name, "eager_ms": float(np.median(eager)), "compiled_ms": float(np.median(compiled)),
                      "ratio": float(np.median(compiled / eager)), "quartiles": np.quantile(compiled / eager, [0.25, 0.75]).tolist()})
     write_result("compile.jsonl", rows)
+
+
+@slow
+@only_when_asked
+def test_quality_beside_ddp(tmp_path):
+    """The main command, and its run with every other variant, with DDP on as many workers, and on the 3/4 of them whose memory SDP needs."""
+    runs, rows = [("ddp", 4), ("ddp", 3), *((name, 4) for name in train.VARIANTS if name.startswith("sdp"))], []
+    for name, workers in runs:
+        losses = []
+        for seed in range(3):
+            out = tmp_path / f"{name}-{workers}" / str(seed)
+            torchrun(workers, [f"--{flag}={value}" for flag, value in train.VARIANTS[name].items()]
+                     + ["--seed", str(seed), "--out-dir", str(out), "--device", "cpu"], timeout=900)
+            losses.append(metrics(out.parent, out.name)[-1]["val_loss"])
+            if name == "sdp-forward-block":
+                shutil.copy(out / "metrics.jsonl", HERE / "assets" / f"main_seed{seed}.jsonl")
+        rows.append({"variant": name, "workers": workers, "val_loss": losses})
+    write_result("quality.jsonl", rows)
 
 
 @slow

@@ -54,7 +54,7 @@ from data import UserError
 # The flags whose default depends on the model, or on the data.  On two cores llama-tiny takes minutes, and so does resnet18
 # on shapes.  On CIFAR four workers have the usual batch of 128 between them, and 200 epochs.
 DEFAULTS = {
-    "llama-tiny": dict(data="stdlib", steps=250, batch_size=16, seq_len=128, lr=3e-3, eval_every=100),
+    "llama-tiny": dict(data="stdlib", steps=250, batch_size=16, seq_len=128, lr=2e-3, eval_every=100),
     "llama-134m": dict(data="stdlib", steps=10000, batch_size=8, seq_len=1024, lr=6e-4, eval_every=100),
     "llama-500m": dict(data="stdlib", steps=20000, batch_size=4, seq_len=2048, lr=4e-4, eval_every=100),
     "llama-1b": dict(data="stdlib", steps=40000, batch_size=2, seq_len=2048, lr=3e-4, eval_every=100),
