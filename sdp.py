@@ -629,14 +629,9 @@ class SubnetDataParallel:
             work, _, frozen = self._coming.pop(0)
             if work:                                                 # None: the side stream keeps the order
                 work.wait()
-            # Parameters that arrived whole live in the message from now on (aligned ones: compiled code may count on it)
-            stay = all(piece.dim is None and new.storage_offset() % 16 == 0 for piece, new in frozen)
             for piece, new in frozen:
                 part = self._part(piece, lambda p: p.data)
-                if stay:
-                    self.params[piece.local].data = new.view(part.shape)
-                else:
-                    part.copy_(new.view(part.shape))
+                part.copy_(new.view(part.shape))
 
     def _wait_in_forward(self):
         """Lets every block wait for its frozen weights: the module, that is, which has all of a branch's parameters inside."""

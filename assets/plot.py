@@ -74,7 +74,7 @@ def timeline():
         axis.set_title({"compute": "512 tokens a worker", "communication": "64 tokens a worker"}[setting], fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(0)
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[0].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncol=2)
     axes[-1].set_xlabel("ms since the backward pass began")
     fig.tight_layout()
     fig.savefig(HERE / "timeline.png", dpi=130)
