@@ -2022,7 +2022,7 @@ def test_what_compile_gains(tmp_path):
 @slow
 @only_when_asked
 def test_quality_beside_ddp(tmp_path):
-    """The main command, and DDP on as many workers, and on 3/4 of them, which together hold as many parameters as SDP's."""
+    """The main command, and DDP on as many workers, and on 3/4 of them, which together hold about as many parameters as SDP's."""
     rows = []
     for name, workers in ("sdp-forward-block", 4), ("ddp", 4), ("ddp", 3):
         losses = []
