@@ -466,24 +466,23 @@ class SubnetDataParallel:
         for s in self._sets:
             if s != self._everyone and self._count(s) > 1:
                 self._groups[s] = dist.new_group(self._workers_of(s), timeout=timeout)
-        # Roots: nobody twice while another holder has not been one.  Among these one near the non-holders: on one host ranks r and
-        # n differ in their last bits, so r ^ n is small, and links between hosts are slow
-        roots, led = {}, Counter()
-        for s in self._sets:
-            holders, rest = self._workers_of(s), self._workers_of(set(self._everyone) - set(s))
-            roots[s] = min(holders, key=lambda r: (led[r], sum(r ^ n for n in rest)))
-            led[roots[s]] += 1
+        roots, led = {}, Counter()                                   # root of each set of holders; of how many sets a worker is one
         self._refreshes = []                                         # (root, group, pieces) this worker takes part in
         for group, pieces in self.buckets if backward else ():
             # One set of holders, but in buckets of the whole world, where those of norms without a group differ
             for who in dict.fromkeys(p.holders for p in pieces if p.holders != self._everyone):
                 holders = self._workers_of(who)
-                root = roots.get(who, holders[0])
-                members = sorted({root} | set(range(self.size)) - set(holders))
+                rest = set(range(self.size)) - set(holders)
+                if who not in roots:
+                    # Nobody twice while another holder has not been one.  Among these one near the non-holders: on one host ranks r
+                    # and n differ in their last bits, so r ^ n is small, and links between hosts are slow
+                    roots[who] = min(holders, key=lambda r: (led[r], sum(r ^ n for n in rest)))
+                    led[roots[who]] += 1
+                members = sorted({roots[who]} | rest)
                 if group not in others:
                     others[group] = dist.new_group(members, timeout=timeout)
                 if group == self._everyone or self.rank in members:
-                    self._refreshes.append((root, others[group], [p for p in pieces if p.holders == who]))
+                    self._refreshes.append((roots[who], others[group], [p for p in pieces if p.holders == who]))
         self._made = [g for g in (*self._groups.values(), *others.values()) if g is not dist.group.WORLD]
 
     def _bytes_per_update(self):

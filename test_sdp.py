@@ -1459,14 +1459,13 @@ def test_checkpoint_is_an_ordinary_llama(tmp_path, capsys):
 
 
 def test_torchrun_equals_plain_python_and_writes_the_contract_s_metrics(tmp_path):
-    torchrun(4, flags(tmp_path, "--level", "neuron", "--grad-accum", 2, out="many"))
-    train.main(flags(tmp_path, "--level", "neuron", "--grad-accum", 2, "--subnets", 4, out="one"))
+    more = ["--level", "neuron", "--grad-accum", 2, "--lr", 1e-3]    # Adam makes much of rounding in steep updates, less in small ones
+    torchrun(4, flags(tmp_path, *more, out="many"))
+    train.main(flags(tmp_path, *more, "--subnets", 4, out="one"))
     many, one = metrics(tmp_path, "many"), metrics(tmp_path, "one")
     assert [m["step"] for m in many] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(many, one):
-        # (Adam makes much of rounding where gradients are nearly zero, and the steep first updates make more of it)
-        norm = 1e-6 if a["step"] < 5 else 1e-3
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=norm)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
         assert a["sent_bytes"] > 0 == b["sent_bytes"] and a["peak_mem_bytes"] is None
         assert {"lr", "step_ms", "tokens_per_s"} <= a.keys()
     assert [m["step"] for m in many if "val_loss" in m] == [4, 6]
