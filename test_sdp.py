@@ -1784,7 +1784,7 @@ def test_plan_of_the_1b_model_takes_less_than_two_minutes_and_2_gib(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="a setting of glibc's malloc")
 def test_freed_memory_is_kept_for_the_next_update():
-    """Once touched, 128 MiB that come and go cost no new pages; without the setting they cost 32,768 each time."""
+    """Once touched, 128 MiB that come and go cost no new pages; without the setting they cost 32,768 each time, or 64 huge ones."""
     faults = """if True:
         import resource, torch, train
         def come_and_go():
@@ -1798,7 +1798,7 @@ def test_freed_memory_is_kept_for_the_next_update():
     run = subprocess.run([sys.executable, "-c", faults], cwd=HERE, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     first, again, kept_first, kept_again = map(int, run.stdout.split())
-    assert min(first, again, kept_first) > 1000 and kept_again < 100
+    assert 10 * kept_again < min(first, again, kept_first) and kept_again < 100
 
 
 @pytest.mark.parametrize("more", [[], ["--dtype", "bf16", "--model", "resnet18", "--data", "shapes"]], ids=["llama", "resnet-bf16"])
