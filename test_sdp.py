@@ -2007,7 +2007,7 @@ def test_step_times_and_overlap_over_a_slow_link(tmp_path):
     rows, timeline = [], {}
     for name, more in ("compute", ["--batch-size", "2", "--seq-len", "256"]), ("communication", ["--batch-size", "1", "--seq-len", "64"]):
         with two_hosts("1gbit") as run:
-            run(["--model", "llama-134m", "--bench", "3", "--device", "cpu", "--out-dir", str(tmp_path / name), *more], timeout=3000)
+            run(["--model", "llama-134m", "--bench", "6", "--device", "cpu", "--out-dir", str(tmp_path / name), *more], timeout=3000)
         for row in json.loads((tmp_path / name / "bench.json").read_text()):
             if not row["variant"].startswith("fsdp"):                # on gloo its collectives block: nothing runs beside them
                 backward, spans = all_reduces(tmp_path / name / f"trace-{row['variant']}.json")
@@ -2479,7 +2479,10 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_a_line(tmp_path, how):
 
 @contextmanager
 def two_hosts(rate=None):
-    """Two network namespaces joined by a cable, of `rate` (in tc's words: "1gbit"); yields torchrun(arguments), two ranks on each."""
+    """Two network namespaces joined by a cable, of `rate` (in tc's words: "1gbit"), with half of the cores each.
+
+    Yields torchrun(arguments), two ranks on each.
+    """
     def run(*words):
         return subprocess.run(words, capture_output=True).returncode == 0
 
@@ -2488,11 +2491,17 @@ def two_hosts(rate=None):
         pytest.skip("network namespaces are not allowed here")
 
     def torchrun_on_both(arguments, timeout=240):
-        runs = [subprocess.Popen(["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
-                                  "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29400", f"--rdzv-conf=is_host={1 - i}",
-                                  f"--local-addr=10.77.0.{i + 1}", "train.py", *arguments], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                 text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"sdp{i}"})
-                for i, host in enumerate(hosts)]
+        runs, cores = [], sorted(os.sched_getaffinity(0))
+        try:
+            for i, host in enumerate(hosts):                         # hosts do not share cores
+                os.sched_setaffinity(0, cores[i::2] or cores)        # a process begins with its parent's
+                runs.append(subprocess.Popen(["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
+                                              "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29400",
+                                              f"--rdzv-conf=is_host={1 - i}", f"--local-addr=10.77.0.{i + 1}", "train.py", *arguments],
+                                             cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                             env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"sdp{i}"}))
+        finally:
+            os.sched_setaffinity(0, cores)
         said = [run.communicate(timeout=timeout)[0] for run in runs]
         assert all(run.returncode == 0 for run in runs), said
         return said[0] + said[1]
