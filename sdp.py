@@ -362,7 +362,7 @@ class SubnetDataParallel:
     `sent_bytes` is what this worker sends in one update.
     """
 
-    def __init__(self, module, masks, layout, backward=False, bucket_bytes=16 * 2**20, reduce=True, timeout=None):
+    def __init__(self, module, masks, layout, backward=False, bucket_bytes=4 * 2**20, reduce=True, timeout=None):
         self.module, self.layout, self.masks = module, layout, masks
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.subnets = next(iter(masks.values())).shape[1] if masks else 1
