@@ -1906,6 +1906,16 @@ def readme_tables():
         yield f"| {a['variant']} | {' | '.join(cells)} | {of_ddp(a, sent, link[0])} |"
     for r in rows("compile.jsonl"):
         yield f"| {r['variant']} | {r['eager_ms']:.0f} | {r['compiled_ms']:.0f} | {r['ratio']:.2f} ({r['quartiles'][0]:.2f} – {r['quartiles'][1]:.2f}) |"
+    gpu = {(r["model"], r["dtype"], r["compile"], r["variant"]): r for r in rows("gpu.jsonl")}
+    for name in train.VARIANTS:
+        cells = []
+        for model in "llama-134m", "llama-500m", "llama-1b":
+            r = gpu[model, "fp32", False, name]
+            cells += [f"{r['planned_peak'] / 1e9:.2f}, {r['peak'] / 1e9:.2f}", f"{r['step_ms']:.0f}, {r['step_ratio']:.0%}"]
+        yield f"| {name} | {' | '.join(cells)} |"
+    for name in train.VARIANTS:
+        cells = [(gpu["llama-134m", dtype, compiled, name]) for dtype, compiled in (("fp32", False), ("bf16", False), ("bf16", True))]
+        yield f"| {name} | " + " | ".join(f"{r['step_ms']:.0f} ({r['step_ms_range'][0]:.0f} – {r['step_ms_range'][1]:.0f})" for r in cells) + " |"
     for r in rows("quality.jsonl"):
         loss = np.array(r["val_loss"])
         yield f"| {r['variant']} | {r['workers']} | {', '.join(f'{v:.3f}' for v in loss)} | {loss.mean():.3f} ± {loss.std(ddof=1):.3f} |"
@@ -2019,6 +2029,31 @@ def test_step_times_and_overlap_over_a_slow_link(tmp_path):
     write_result("slow_link.jsonl", rows)
     (HERE / "assets" / "timeline.json").write_text(json.dumps(timeline) + "\n")
     assert all(row.get("overlap", 1) >= 0.7 for row in rows)
+
+
+@slow
+@only_when_asked
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of 40 GB")
+def test_the_plan_agrees_with_a_gpu_s_allocator(tmp_path):
+    """To 5 %, every variant, S = 8, the batch of each model; and how long an update takes there, without communication."""
+    rows, text = [], text_bin(tmp_path, count=200_000, vocab=32000)
+    for model, dtype, more in [("llama-134m", "fp32", []), ("llama-500m", "fp32", []), ("llama-1b", "fp32", []),
+                               ("llama-134m", "bf16", []), ("llama-134m", "bf16", ["--compile"])]:
+        command = [sys.executable, HERE / "train.py", "--model", model, "--subnets", "8", "--data", text, "--dtype", dtype,
+                   "--device", "cuda", "--out-dir", tmp_path]
+        subprocess.run([*command, "--bench", "3", *more], check=True)
+        planned = {}
+        if dtype == "fp32":
+            subprocess.run([*command, "--plan"], check=True)
+            planned = {row["variant"]: row["memory"]["peak"] for row in json.loads((tmp_path / "plan.json").read_text())}
+        for row in json.loads((tmp_path / "bench.json").read_text()):
+            rows.append({"model": model, "dtype": dtype, "compile": bool(more), "variant": row["variant"], "peak": row["memory"]["peak"],
+                         **{key: row[key] for key in ("step_ms", "step_ms_range", "step_ratio")}})
+            if planned:
+                rows[-1]["planned_peak"] = planned[row["variant"]]
+    write_result("gpu.jsonl", rows)
+    for row in rows:
+        assert row["peak"] == pytest.approx(row.get("planned_peak", row["peak"]), rel=0.05), row
 
 
 @slow
