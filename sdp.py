@@ -494,6 +494,7 @@ class SubnetDataParallel:
     def close(self):
         """Ends the process groups that were made for this wrapper.  Collective."""
         self.arrive()
+        dist.barrier()                                               # a rank may still be connecting (gloo), were there no step yet
         for group in self._made:
             dist.destroy_process_group(group)
 
