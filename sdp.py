@@ -29,6 +29,7 @@ import os
 import weakref
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -356,13 +357,13 @@ class SubnetDataParallel:
 
     module: the subnetwork (rank mod S), its weights equal to the other holders' (see `materialize`).  masks and layout as
     above; masks {} is plain data parallelism.  backward: the masking is backward masking.  All of them the same on every
-    rank.  bucket_bytes: there is one bucket for each holder set, and once the largest has so many bytes, new ones are
-    begun.  reduce False: leave gradients alone (somebody else averages them).  timeout: of the process groups, a timedelta.
+    rank.  bucket_bytes: there is one bucket for each holder set, and once one has so many bytes (or, towards the end, from a
+    quarter of it on, as many as its set has yet to send), new ones are begun.  reduce False: leave gradients alone (somebody else averages them).  timeout: of the process groups, a timedelta.
     The loss must be the mean over this worker's batch.  Any elementwise optimizer works (SGD, Adam), over `self.trained()`.
     `sent_bytes` is what this worker sends in one update.
     """
 
-    def __init__(self, module, masks, layout, backward=False, bucket_bytes=4 * 2**20, reduce=True, timeout=None):
+    def __init__(self, module, masks, layout, backward=False, bucket_bytes=16 * 2**20, reduce=True, timeout=None):
         self.module, self.layout, self.masks = module, layout, masks
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.subnets = next(iter(masks.values())).shape[1] if masks else 1
@@ -427,20 +428,26 @@ class SubnetDataParallel:
 
     def _plan_buckets(self, bucket_bytes):
         """self.buckets: [(set of subnets, its pieces)], all there are, in the order of sending."""
-        # Go through the parameters in the order of the backward pass, until the largest bucket is full; then begin new ones.  A
-        # bucket is sent when the last of its gradients is there
-        window, filled, self.buckets = defaultdict(list), defaultdict(int), []
-        for turn, full in enumerate(reversed(self.layout)):
-            for piece in self._pieces(full):
-                # A norm is held by all who hold a neuron of its branch.  Where that is none of the holder sets, there is
-                # no group for it: the whole world takes part, the others with zeros
-                group = piece.holders if piece.holders in self._sets else self._everyone
+        # A norm is held by all who hold a neuron of its branch.  Where that is none of the holder sets, there is no group for it:
+        # the whole world takes part, the others with zeros
+        turns = [[(p.holders if p.holders in self._sets else self._everyone, p, p.numel * self.dtype.itemsize)
+                  for p in self._pieces(full)] for full in reversed(self.layout)]
+        left = Counter()                                             # bytes still to come, of each set of holders
+        for group, _, size in chain(*turns):
+            left[group] += size
+        # Go through the parameters in the order of the backward pass, until one bucket is full; then begin new ones.  A bucket is
+        # sent when the last of its gradients is there.  The last ones are smaller: little of the backward pass is left to hide them
+        window, filled, self.buckets = defaultdict(list), Counter(), []
+        for turn, pieces in enumerate(turns):
+            for group, piece, size in pieces:
                 window[group].append((turn, piece))
-                filled[group] += piece.numel * self.dtype.itemsize
-            if max(filled.values()) >= bucket_bytes or turn == len(self.layout) - 1:
+                filled[group] += size
+                left[group] -= size
+            is_full = lambda group: filled[group] >= min(bucket_bytes, max(bucket_bytes / 4, left[group]))
+            if any(map(is_full, filled)) or turn == len(turns) - 1:
                 ready = sorted(window.items(), key=lambda bucket: bucket[1][-1][0])          # by the turn of their last piece
                 self.buckets += [(group, [piece for _, piece in pieces]) for group, pieces in ready]
-                window, filled = defaultdict(list), defaultdict(int)
+                window, filled = defaultdict(list), Counter()
         self._mine = [(group, pieces) for group, pieces in self.buckets if self.subnet in group]
         self._places = defaultdict(list)                             # full name -> numbers of my buckets, and of its piece in each
         parts = defaultdict(list)
