@@ -358,7 +358,8 @@ class SubnetDataParallel:
     module: the subnetwork (rank mod S), its weights equal to the other holders' (see `materialize`).  masks and layout as
     above; masks {} is plain data parallelism.  backward: the masking is backward masking.  All of them the same on every
     rank.  bucket_bytes: there is one bucket for each holder set, and once one has so many bytes (or, towards the end, from a
-    quarter of it on, as many as its set has yet to send), new ones are begun.  reduce False: leave gradients alone (somebody else averages them).  timeout: of the process groups, a timedelta.
+    quarter of it on, as many as its set has yet to send), new ones are begun.  reduce False: leave gradients alone (somebody
+    else averages them).  timeout: of the process groups, a timedelta.
     The loss must be the mean over this worker's batch.  Any elementwise optimizer works (SGD, Adam), over `self.trained()`.
     `sent_bytes` is what this worker sends in one update.
     """
@@ -501,7 +502,7 @@ class SubnetDataParallel:
     def close(self):
         """Ends the process groups that were made for this wrapper.  Collective."""
         self.arrive()
-        dist.barrier()                                               # a rank may still be connecting (gloo), were there no step yet
+        dist.barrier()                                               # or gloo fails a rank that still connects to a group that ends
         for group in self._made:
             dist.destroy_process_group(group)
 

@@ -1916,7 +1916,7 @@ def readme_tables():
             cells += [f"{r['planned_peak'] / 1e9:.2f}, {r['peak'] / 1e9:.2f}", f"{r['step_ms']:.0f}, {r['step_ratio']:.0%}"]
         yield f"| {name} | {' | '.join(cells)} |"
     for name in train.VARIANTS:
-        cells = [(gpu["llama-134m", dtype, compiled, name]) for dtype, compiled in (("fp32", False), ("bf16", False), ("bf16", True))]
+        cells = [gpu["llama-134m", dtype, compiled, name] for dtype, compiled in (("fp32", False), ("bf16", False), ("bf16", True))]
         yield f"| {name} | " + " | ".join(f"{r['step_ms']:.0f} ({r['step_ms_range'][0]:.0f} – {r['step_ms_range'][1]:.0f})" for r in cells) + " |"
     for r in rows("quality.jsonl"):
         loss = np.array(r["val_loss"])
