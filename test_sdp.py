@@ -915,6 +915,21 @@ def test_1024_workers_need_no_more_groups_than_8(monkeypatch):
     assert time.process_time() - start < 30
 
 
+@pytest.mark.parametrize("level", ["block", "neuron"])
+def test_buckets_are_full_but_towards_the_end(level, monkeypatch):
+    """One set of holders has `full` bytes in the first window; what no backward pass hides, each set's last bucket, is short."""
+    config = replace(TINY, num_hidden_layers=40)
+    masks, layout = masks_for(config, 4, 3, level), llama.layout(config)
+    largest = 4 * max(shape.numel() for branch, _, shape in layout.values() if branch)
+    full = 16 * largest
+    calls = [(who, 4 * n) for who, kind, n, _ in replay(masks, False, 0, 4, full, monkeypatch, config)[0] if len(who) == 3]
+    sizes = {group: [size for who, size in calls if who == group] for group, _ in calls}
+    assert len(sizes) == 3 and full <= max(s[0] for s in sizes.values())
+    for s in sizes.values():
+        assert max(s) < full + largest and s[-1] <= full / 4 + largest
+        assert len(s) <= sum(s) / full + 4                           # and few: 4 MiB throughout would be four times as many
+
+
 def test_all_reduces_start_while_backward_still_runs(monkeypatch):
     from torch.testing._internal.distributed.fake_pg import FakeStore
     masks, missing = masks_for(TINY, 4, 3, "block"), []
