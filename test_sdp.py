@@ -1910,6 +1910,15 @@ def readme_tables():
         parts = " + ".join(f"{r['memory'][kind] / 1e9:.1f}" for kind in ("parameters", "gradients", "optimizer", "activations", "temporary"))
         yield (f"| {r['variant']} | {train.si(r['params']).replace(' ', '')} | {train.si(flops(r)).replace(' ', '')}, {of_ddp(r, flops, plan[0])} | "
                f"{peak(r) / 1e9:.1f} GB, {of_ddp(r, peak, plan[0])} | {parts} | {sent(r) / 1e9:.2f} GB, {of_ddp(r, sent, plan[0])} |")
+    savings = defaultdict(list)                                      # (model, level) -> at coverage 1/8, 2/8, ...
+    for r in rows("coverage.jsonl"):
+        savings[r["model"], r["level"]].append(r["saved"])
+    models = list(dict.fromkeys(model for model, _ in savings))
+    for part, level in itertools.product((0.28, 0.6), ("block", "neuron")):
+        most = [sum(saved >= part for saved in savings[model, level]) for model in models]
+        yield f"| {part:.0%} less, {level} level | {' | '.join(f'{n}/8' if n else 'none' for n in most)} |"
+    all_held = [f"{savings[model, 'block'][-1]:.0%}" for model in models]
+    yield f"| less at coverage 1 already, for the buckets | {' | '.join(all_held)} |"
     for name in "bench_compute.json", "bench_communication.json":
         bench = rows(name)
         for r in bench:
@@ -2071,6 +2080,25 @@ def test_the_plan_agrees_with_a_gpu_s_allocator(tmp_path):
     write_result("gpu.jsonl", rows)
     for row in rows:
         assert row["peak"] == pytest.approx(row.get("planned_peak", row["peak"]), rel=0.05), row
+
+
+@slow
+@only_when_asked
+def test_coverages_at_which_forward_masking_saves(tmp_path):
+    rows = []
+    for model, level in itertools.product(("llama-134m", "llama-500m", "llama-1b", "resnet18"), ("block", "neuron")):
+        more = ["--data", "cifar10"] if model == "resnet18" else []
+        subprocess.run([sys.executable, HERE / "train.py", "--model", model, "--level", level, "--subnets", "8", "--plan",
+                        "--device", "cpu", "--out-dir", tmp_path, *more], check=True)
+        plan = {row["variant"]: row["memory"]["peak"] for row in json.loads((tmp_path / "plan.json").read_text())}
+        name = f"sdp-forward-{level}"
+        for held in range(1, 9):
+            peak = plan[f"{name} at {held}/8"]
+            rows.append({"model": model, "level": level, "coverage": f"{held}/8", "peak": peak, "ddp_peak": plan["ddp"],
+                         "saved": round(1 - peak / plan["ddp"], 4)})
+        if (model, level) == ("llama-1b", "block"):
+            shutil.copy(tmp_path / "plan.json", HERE / "assets/plan_llama-1b.json")
+    write_result("coverage.jsonl", rows)
 
 
 @slow
