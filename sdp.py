@@ -129,11 +129,8 @@ def check_masks(masks, branches):
 
 def rows_of(masks):
     """Distinct rows of all masks [n, subnets], and how many neurons have each."""
-    sets, which = holder_sets(masks)
-    rows = np.zeros((len(sets), next(iter(masks.values())).shape[1]), bool)
-    for i, s in enumerate(sets):
-        rows[i, list(s)] = True
-    return rows, np.bincount(torch.cat(list(which.values())).numpy(), minlength=len(sets))
+    rows, neurons = torch.cat(list(masks.values())).unique(dim=0, return_counts=True)
+    return rows.numpy(), neurons.numpy()
 
 
 def loads(masks, branches):
@@ -357,9 +354,9 @@ class SubnetDataParallel:
 
     module: the subnetwork (rank mod S), its weights equal to the other holders' (see `materialize`).  masks and layout as
     above; masks {} is plain data parallelism.  backward: the masking is backward masking.  All of them the same on every
-    rank.  bucket_bytes: there is one bucket for each holder set, and once one has so many bytes (or, towards the end, from a
-    quarter of it on, as many as its set has yet to send), new ones are begun.  reduce False: leave gradients alone (somebody
-    else averages them).  timeout: of the process groups, a timedelta.
+    rank.  bucket_bytes: a holder set's bucket is full when it has so many bytes (or, towards the end, from a quarter of it on,
+    as many as the set has yet to send).  reduce False: leave gradients alone (somebody else averages them).  timeout: of the
+    process groups, a timedelta.
     The loss must be the mean over this worker's batch.  Any elementwise optimizer works (SGD, Adam), over `self.trained()`.
     `sent_bytes` is what this worker sends in one update.
     """
@@ -436,19 +433,18 @@ class SubnetDataParallel:
         left = Counter()                                             # bytes still to come, of each set of holders
         for group, _, size in chain(*turns):
             left[group] += size
-        # Go through the parameters in the order of the backward pass, until one bucket is full; then begin new ones.  A bucket is
-        # sent when the last of its gradients is there.  The last ones are smaller: little of the backward pass is left to hide them
-        window, filled, self.buckets = defaultdict(list), Counter(), []
-        for turn, pieces in enumerate(turns):
+        # Go through the parameters in the order of the backward pass, and put each piece into the bucket of its holders, until that
+        # is full.  The last buckets are smaller: little of the backward pass is left to hide them
+        begun, filled, self.buckets = defaultdict(list), Counter(), []
+        for pieces in turns:
             for group, piece, size in pieces:
-                window[group].append((turn, piece))
+                begun[group].append(piece)
                 filled[group] += size
                 left[group] -= size
-            is_full = lambda group: filled[group] >= min(bucket_bytes, max(bucket_bytes / 4, left[group]))
-            if any(map(is_full, filled)) or turn == len(turns) - 1:
-                ready = sorted(window.items(), key=lambda bucket: bucket[1][-1][0])          # by the turn of their last piece
-                self.buckets += [(group, [piece for _, piece in pieces]) for group, pieces in ready]
-                window, filled = defaultdict(list), Counter()
+            for group in dict.fromkeys(group for group, *_ in pieces):
+                if not left[group] or filled[group] >= min(bucket_bytes, max(bucket_bytes / 4, left[group])):
+                    self.buckets.append((group, begun.pop(group)))
+                    filled[group] = 0
         self._mine = [(group, pieces) for group, pieces in self.buckets if self.subnet in group]
         self._places = defaultdict(list)                             # full name -> numbers of my buckets, and of its piece in each
         parts = defaultdict(list)
@@ -474,24 +470,36 @@ class SubnetDataParallel:
         for s in self._sets:
             if s != self._everyone and self._count(s) > 1:
                 self._groups[s] = dist.new_group(self._workers_of(s), timeout=timeout)
-        roots, led = {}, Counter()                                   # root of each set of holders; of how many sets a worker is one
+        roots = self._choose_roots() if backward else {}
         self._refreshes = []                                         # (root, group, pieces) this worker takes part in
         for group, pieces in self.buckets if backward else ():
             # One set of holders, but in buckets of the whole world, where those of norms without a group differ
             for who in dict.fromkeys(p.holders for p in pieces if p.holders != self._everyone):
-                holders = self._workers_of(who)
-                rest = set(range(self.size)) - set(holders)
-                if who not in roots:
-                    # Nobody twice while another holder has not been one.  Among these one near the non-holders: on one host ranks r
-                    # and n differ in their last bits, so r ^ n is small, and links between hosts are slow
-                    roots[who] = min(holders, key=lambda r: (led[r], sum(r ^ n for n in rest)))
-                    led[roots[who]] += 1
-                members = sorted({roots[who]} | rest)
+                members = sorted({roots[who]} | set(range(self.size)) - set(self._workers_of(who)))
                 if group not in others:
                     others[group] = dist.new_group(members, timeout=timeout)
                 if group == self._everyone or self.rank in members:
                     self._refreshes.append((roots[who], others[group], [p for p in pieces if p.holders == who]))
         self._made = [g for g in (*self._groups.values(), *others.values()) if g is not dist.group.WORLD]
+
+    def _choose_roots(self):
+        """{set of holders: the one of its workers that sends the others new weights}."""
+        size = Counter()                                             # of all that a set holds, in numbers
+        for _, pieces in self.buckets:
+            for p in pieces:
+                size[p.holders] += p.numel
+        refreshed = lambda who: size[who] * (1 - 1 / (self.size - self._count(who) + 1))         # sent by each one in its group
+        sends = [sum(size[who] * (2 - 2 / self._count(who)) if r % self.subnets in who else refreshed(who) for who in size)
+                 for r in range(self.size)]                          # by each worker, before it is a root
+        roots = {}
+        for who in sorted(size, key=size.get, reverse=True):
+            holders = self._workers_of(who)
+            rest, least = set(range(self.size)) - set(holders), min(sends[r] for r in holders)
+            # One that has least to send, within 2 %, and of these the nearest to the non-holders: on one host ranks r and n differ
+            # in their last bits, so r ^ n is small, and links between hosts are slow
+            roots[who] = min((r for r in holders if sends[r] <= 1.02 * least), key=lambda r: sum(r ^ n for n in rest))
+            sends[roots[who]] += refreshed(who)
+        return roots
 
     def _bytes_per_update(self):
         """What this worker sends in one update, by the two formulas above: of all-reduces and of refreshes."""
@@ -651,6 +659,8 @@ class SubnetDataParallel:
             for p in pieces:
                 if p.local and not p.held:
                     last[".".join(os.path.commonprefix(paths[self.layout[p.full][0]]))] = i
+        if self._refreshes:                                          # the last one to wait, or else the model, also waits for what this
+            last[max(last, key=last.get, default="")] = len(self._refreshes) - 1         # worker sends: its memory is needed then
         arrive = weakref.WeakMethod(self.arrive)
         for path, i in last.items():
             wait = lambda *_, left=len(self._refreshes) - 1 - i: arrive() and arrive()(left)
@@ -658,9 +668,9 @@ class SubnetDataParallel:
 
     # -- between parameters and flat buffers -------------------------------------------------------------------------
 
-    def _part(self, piece, of, tensors=None):
+    def _part(self, piece, of):
         """The piece as a view into this worker's weight or gradient; None if it has no such thing."""
-        tensor = piece.local and of((tensors or self.params)[piece.local])
+        tensor = piece.local and of(self.params[piece.local])
         return tensor if tensor is None or piece.dim is None else tensor.narrow(piece.dim, piece.start, piece.length)
 
     def _bucket(self, pieces):
@@ -708,15 +718,14 @@ class SubnetDataParallel:
             yield full, whole
 
     @torch.no_grad()
-    def check_replicas(self, tensors=None):
-        """Raises RuntimeError on every rank unless all holders of each piece have the same bits (of the weights, say)."""
+    def check_replicas(self):
+        """Raises RuntimeError on every rank unless all holders of each piece of the weights have the same bits."""
         self.arrive()
-        tensors = tensors or self.params
         # A rank without a piece leaves +2^62 and -2^62, which never win the minimum or the maximum
         low = torch.full((sum(len(p) for _, p in self.buckets),), 2**62, dtype=torch.int64, device=self.device)
         high, pieces = -low, [piece for _, pieces in self.buckets for piece in pieces]
         for i, piece in enumerate(pieces):
-            part = self._part(piece, lambda p: p, tensors)
+            part = self._part(piece, lambda p: p)
             if part is not None:                                     # 62 bits of a sum in which position counts
                 total = 0
                 for j, some in enumerate(part.contiguous().view(torch.uint8).flatten().split(2**20)):

@@ -62,6 +62,7 @@ DEFAULTS = {
     "resnet18": dict(data="cifar10", steps=78000, batch_size=32, lr=0.1, eval_every=2000),
     "shapes": dict(steps=300, batch_size=16, lr=0.03, eval_every=100),
 }
+PRESETS = {**llama.PRESETS, **resnet.PRESETS}                         # name -> the model's sizes
 STATISTICS_IMAGES = 1024                                             # training images that batch norm's statistics come from
 
 
@@ -639,7 +640,7 @@ def update(sync, optimizer, batch, args, autocast):
 
 
 def first_update(design, model, batch, autocast, fake=nullcontext()):
-    """Wraps a worker's model and runs one update under torch's memory tracker.
+    """Wraps a worker's model and runs one update (two with backward masking) under torch's memory tracker.
 
     Returns what `wrap` made, the optimizer, {"parameters": bytes, ..., "peak": bytes} at the moment of the peak, and the
     bytes sent.  Inside a FakeTensorMode the tensors are mere shapes, and nothing is computed.
@@ -659,13 +660,15 @@ def first_update(design, model, batch, autocast, fake=nullcontext()):
             optimizer.zero_grad()
             tracker.track_external(sync.module, optimizer)           # tells it which tensors are what
         buckets = snapshot("current")["Activation"] if args.parallel == "ddp" else 0     # what is left: the buckets of gradients
+        updates = 2 if design.backward else 1                        # what the first one refreshes arrives in the second
         with tracker, sent:                                          # the peak is counted from here
             tracker._track_module_params_and_buffers(sync.module)    # and gradients are known as such
-            update(sync, optimizer, batch, args, autocast)
+            for _ in range(updates):
+                update(sync, optimizer, batch, args, autocast)
     at = snapshot("peak")
     memory = {"parameters": at["Parameter"] + at["Buffer"], "gradients": at["Gradient"] + buckets, "optimizer": at["Optstate"],
               "activations": at["Activation"] - buckets, "temporary": at["Temp"] + at["Other"], "peak": at["Total"]}
-    return sync, optimizer, memory, round(sent.total)
+    return sync, optimizer, memory, round(sent.total / updates)
 
 
 def designs(args, config):
@@ -692,7 +695,7 @@ def size_of(design, world, batch):
 
 
 def planned(name, design, world, batch, device):
-    """A row of plan.json.  Each figure is that of the worker with most."""
+    """A row of plan.json.  Each figure is that of the worker with most; `memory` that of the worker with the highest peak."""
     args, fake = design.args, FakeTensorMode(allow_non_fake_inputs=True)
     row = {"variant": name, **size_of(design, world, batch)}
     for rank in largest(design):
@@ -711,7 +714,7 @@ def plan(args, device):
     """Prints, and writes to plan.json, what a worker of each variant will need.  Trains nothing, allocates nothing of any size."""
     given = args.data
     settle(args, None)
-    world, config = WORLD if DISTRIBUTED else args.subnets, {**llama.PRESETS, **resnet.PRESETS}[args.model]
+    world, config = WORLD if DISTRIBUTED else args.subnets, PRESETS[args.model]
     with torch.device("meta"):
         if args.model == "resnet18":
             config = replace(config, num_classes=data.IMAGES[args.data][0])
@@ -786,7 +789,7 @@ def bench(args, device):
     for done in range(0, args.bench, TIMED):
         rounds.append({})
         updates = min(TIMED, args.bench - done)
-        for name, design in everything.items():
+        for name, design in list(everything.items())[::1 if len(rounds) % 2 else -1]:    # there and back: a drift cancels
             phase(f"the bench of {name}")
             trace = args.out_dir / f"trace-{name}.json" if done + updates == args.bench else None
             turns = []
@@ -842,7 +845,7 @@ def load_data(args, device):
     first_rank_first(lambda: data.download_images(args.data))
     dataset = data.load(args.data, args.batch_size, args.seq_len, args.seed, device)
     size = "num_classes" if args.data in data.IMAGES else "vocab_size"
-    return dataset, replace({**llama.PRESETS, **resnet.PRESETS}[args.model], **{size: getattr(dataset, size)}), size
+    return dataset, replace(PRESETS[args.model], **{size: getattr(dataset, size)}), size
 
 
 def autocast_of(args, device):
