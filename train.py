@@ -825,11 +825,11 @@ def say_rows(rows):
     """Two tables: each figure with what it is of DDP's, and what the memory consists of."""
     first, kinds = rows[0], list(rows[0]["memory"])
     get = {"params": lambda r: r["params"], "FLOPs": lambda r: r["flops"], "peak, B": lambda r: r["memory"]["peak"], "sent, B": lambda r: r["sent_bytes"]}
-    say(f"\n  {'one worker, one update':24}" + "".join(f"{name:>16}" for name in get) + f"{'step, ms (range)':>30}" * ("step_ms" in first))
+    say(f"\n  {'one worker, one update':24}" + "".join(f"{name:>16}" for name in get) + f"{'step, ms (range)':>31}" * ("step_ms" in first))
     for r in rows:
         cells = "".join(f"{si(of(r)):>10}{of(r) / max(1, of(first)):>6.0%}" for of in get.values())
         if "step_ms" in r:
-            cells += f"{r['step_ms']:10.0f} ({r['step_ms_range'][0]:.0f} - {r['step_ms_range'][1]:.0f})".ljust(24) + f"{r['step_ratio']:6.1%}"
+            cells += f"{r['step_ms']:10.0f} ({r['step_ms_range'][0]:.0f} - {r['step_ms_range'][1]:.0f})".ljust(24) + f"{r['step_ratio']:7.1%}"
         say(f"  {r['variant']:24}{cells}")
     say(f"\n  {'at the peak, MB':24}" + "".join(f"{kind:>13}" for kind in kinds))
     for r in rows:
