@@ -354,9 +354,9 @@ class SubnetDataParallel:
 
     module: the subnetwork (rank mod S), its weights equal to the other holders' (see `materialize`).  masks and layout as
     above; masks {} is plain data parallelism.  backward: the masking is backward masking.  All of them the same on every
-    rank.  bucket_bytes: a holder set's bucket is full when it has so many bytes (or, towards the end, from a quarter of it on,
-    as many as the set has yet to send).  reduce False: leave gradients alone (somebody else averages them).  timeout: of the
-    process groups, a timedelta.
+    rank.  bucket_bytes: there is one bucket for each holder set, and once one has so many bytes (or, towards the end, from a
+    quarter of it on, as many as its set has yet to send), new ones are begun.  reduce False: leave gradients alone (somebody
+    else averages them).  timeout: of the process groups, a timedelta.
     The loss must be the mean over this worker's batch.  Any elementwise optimizer works (SGD, Adam), over `self.trained()`.
     `sent_bytes` is what this worker sends in one update.
     """
@@ -433,18 +433,20 @@ class SubnetDataParallel:
         left = Counter()                                             # bytes still to come, of each set of holders
         for group, _, size in chain(*turns):
             left[group] += size
-        # Go through the parameters in the order of the backward pass, and put each piece into the bucket of its holders, until that
-        # is full.  The last buckets are smaller: little of the backward pass is left to hide them
-        begun, filled, self.buckets = defaultdict(list), Counter(), []
-        for pieces in turns:
+        # Go through the parameters in the order of the backward pass, until one bucket is full; then begin new ones of all sets.
+        # (If each waited until it is full itself, the network would idle at first, and have too much to do in the end.)  A bucket is
+        # sent when the last of its gradients is there.  The last ones are smaller: little of the backward pass is left to hide them
+        window, filled, self.buckets = defaultdict(list), Counter(), []
+        for turn, pieces in enumerate(turns):
             for group, piece, size in pieces:
-                begun[group].append(piece)
+                window[group].append((turn, piece))
                 filled[group] += size
                 left[group] -= size
-            for group in dict.fromkeys(group for group, *_ in pieces):
-                if not left[group] or filled[group] >= min(bucket_bytes, max(bucket_bytes / 4, left[group])):
-                    self.buckets.append((group, begun.pop(group)))
-                    filled[group] = 0
+            is_full = lambda group: filled[group] >= min(bucket_bytes, max(bucket_bytes / 4, left[group]))
+            if any(map(is_full, filled)) or turn == len(turns) - 1:
+                ready = sorted(window.items(), key=lambda bucket: bucket[1][-1][0])          # by the turn of their last piece
+                self.buckets += [(group, [piece for _, piece in pieces]) for group, pieces in ready]
+                window, filled = defaultdict(list), Counter()
         self._mine = [(group, pieces) for group, pieces in self.buckets if self.subnet in group]
         self._places = defaultdict(list)                             # full name -> numbers of my buckets, and of its piece in each
         parts = defaultdict(list)
