@@ -918,7 +918,7 @@ def test_every_pair_of_ranks_agrees_on_its_collectives_and_bytes_are_optimal(sub
 @pytest.mark.parametrize("model", ["llama-tiny", "llama-1b", "resnet18"])
 def test_no_worker_sends_more_than_ddp(model):
     """Backward masking: the roots of refreshes are those who have less to send.  Blocks of unequal size make that hard."""
-    config = train.PRESETS[model]
+    config = {**llama.PRESETS, **resnet.PRESETS}[model]
     for workers, held, level in (8, 6, "block"), (8, 7, "block"), (8, 7, "neuron"), (4, 1, "block"), (16, 7, "block"):
         subnets = min(workers, 8)
         args = train.parse(["--model", model, "--subnets", str(subnets), "--coverage", f"{held}/{subnets}", "--level", level, "--masking", "backward"])

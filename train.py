@@ -62,7 +62,6 @@ DEFAULTS = {
     "resnet18": dict(data="cifar10", steps=78000, batch_size=32, lr=0.1, eval_every=2000),
     "shapes": dict(steps=300, batch_size=16, lr=0.03, eval_every=100),
 }
-PRESETS = {**llama.PRESETS, **resnet.PRESETS}                         # name -> the model's sizes
 STATISTICS_IMAGES = 1024                                             # training images that batch norm's statistics come from
 
 
@@ -714,7 +713,7 @@ def plan(args, device):
     """Prints, and writes to plan.json, what a worker of each variant will need.  Trains nothing, allocates nothing of any size."""
     given = args.data
     settle(args, None)
-    world, config = WORLD if DISTRIBUTED else args.subnets, PRESETS[args.model]
+    world, config = WORLD if DISTRIBUTED else args.subnets, {**llama.PRESETS, **resnet.PRESETS}[args.model]
     with torch.device("meta"):
         if args.model == "resnet18":
             config = replace(config, num_classes=data.IMAGES[args.data][0])
@@ -845,7 +844,7 @@ def load_data(args, device):
     first_rank_first(lambda: data.download_images(args.data))
     dataset = data.load(args.data, args.batch_size, args.seq_len, args.seed, device)
     size = "num_classes" if args.data in data.IMAGES else "vocab_size"
-    return dataset, replace(PRESETS[args.model], **{size: getattr(dataset, size)}), size
+    return dataset, replace({**llama.PRESETS, **resnet.PRESETS}[args.model], **{size: getattr(dataset, size)}), size
 
 
 def autocast_of(args, device):
