@@ -1753,7 +1753,7 @@ def test_the_plan_is_what_the_tracker_sees_on_real_tensors_and_what_the_allocato
     args, config = settled("--batch-size", 8, *more)
     design = train.designs(args, config)[name]
     batch = batch_of(args, config)
-    for rank in train.largest(design):
+    for rank in train.largest(design, 4):
         with train.alone(rank, 4):
             planned, sent, *_ = measured(design, rank, fake=True)
             real, really_sent, sync, optimizer = measured(design, rank, batch=batch)
@@ -1784,7 +1784,7 @@ def test_no_worker_needs_more_than_the_ones_that_are_planned(more):
             for rank in range(8):
                 with train.alone(rank, 8):
                     peaks.append(measured(design, rank, fake=True)[0]["peak"])
-            assert max(peaks) == pytest.approx(max(peaks[rank] for rank in train.largest(design)), rel=0.003), name
+            assert max(peaks) == pytest.approx(max(peaks[rank] for rank in train.largest(design, 8)), rel=0.003), name
 
 
 @pytest.mark.parametrize("more", [[], ["--model", "resnet18", "--data", "shapes"]], ids=["llama", "resnet"])
@@ -1793,7 +1793,7 @@ def test_a_worker_needs_no_more_than_ddp_on_a_model_of_its_size(level, more):
     """At most 1.02 times, says the plan; in fact less, since DDP's buckets outlive the update."""
     args, config = settled(*more)
     design = train.designs(args, config)[f"sdp-forward-{level}"]
-    for rank in train.largest(design):
+    for rank in train.largest(design, 4):
         with train.alone(rank, 4):
             dense = train.designs(args, config)["ddp"]
             dense.model, dense.layout = design.model, {name: (None, None, p.shape) for name, p in design.model(rank).named_parameters()}

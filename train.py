@@ -674,12 +674,23 @@ def designs(args, config):
     return {name: Design(argparse.Namespace(**{**vars(args), **flags}), config) for name, flags in VARIANTS.items()}
 
 
-def largest(design):
-    """Subnetworks that can need most of something: those with most bytes, FLOPs, activations, or bytes and activations together."""
+def sends(design, world):
+    """[bytes that worker 0 sends in one update, worker 1, ...]"""
+    out = []
+    for rank in range(world):
+        with alone(rank, world):
+            out.append(design.wrap(design.model(rank % design.args.subnets)).sent_bytes)
+    return out
+
+
+def largest(design, world):
+    """Workers that can need most of something: those with most bytes, FLOPs, activations, or bytes and activations together, or,
+    as what backward masking refreshes takes memory, with most to send."""
     if not design.masks:
         return [0]
     load = sdp.loads(design.masks, design.branches)                  # [subnets, (bytes, FLOPs, activations)]
-    return sorted({int(s) for s in (*load.argmax(0), load[:, [0, 2]].sum(1).argmax())})
+    sent = [max(range(world), key=sends(design, world).__getitem__)] if design.backward else []
+    return sorted({int(s) for s in (*load.argmax(0), load[:, [0, 2]].sum(1).argmax(), *sent)})
 
 
 def size_of(design, world, batch):
@@ -697,16 +708,13 @@ def planned(name, design, world, batch, device):
     """A row of plan.json.  Each figure is that of the worker with most; `memory` that of the worker with the highest peak."""
     args, fake = design.args, FakeTensorMode(allow_non_fake_inputs=True)
     row = {"variant": name, **size_of(design, world, batch)}
-    for rank in largest(design):
+    for rank in largest(design, world):
         with alone(rank, world):
             with fake:
                 inputs = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in batch]
-            *_, memory, sent = first_update(design, design.model(rank, device, fake), lambda *_: inputs, autocast_of(args, device), fake)
+            *_, memory, sent = first_update(design, design.model(rank % args.subnets, device, fake), lambda *_: inputs, autocast_of(args, device), fake)
         row["memory"] = max(memory, row.get("memory", memory), key=lambda m: m["peak"])
-    for rank in range(world) if design.masks else ():
-        with alone(rank, world):
-            sent = max(sent, design.wrap(design.model(rank % args.subnets)).sent_bytes)
-    return {**row, "sent_bytes": round(sent)}
+    return {**row, "sent_bytes": round(max(sends(design, world))) if design.masks else sent}
 
 
 def plan(args, device):
@@ -792,7 +800,7 @@ def bench(args, device):
             phase(f"the bench of {name}")
             trace = args.out_dir / f"trace-{name}.json" if done + updates == args.bench else None
             turns = []
-            for rank in [RANK] if DISTRIBUTED else largest(design):
+            for rank in [RANK] if DISTRIBUTED else largest(design, world):
                 with nullcontext() if DISTRIBUTED else alone(rank, world):
                     turns.append(take_turn(design, batch, device, updates, trace))
                 gc.collect()
