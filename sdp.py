@@ -661,8 +661,8 @@ class SubnetDataParallel:
             for p in pieces:
                 if p.local and not p.held:
                     last[".".join(os.path.commonprefix(paths[self.layout[p.full][0]]))] = i
-        if self._refreshes:                                          # the last one to wait, or else the model, also waits for what this
-            last[max(last, key=last.get, default="")] = len(self._refreshes) - 1         # worker sends: its memory is needed then
+        if self._refreshes:        # what this worker only sends takes memory too: the last block that waits (or the model) waits for all
+            last[max(last, key=last.get, default="")] = len(self._refreshes) - 1
         arrive = weakref.WeakMethod(self.arrive)
         for path, i in last.items():
             wait = lambda *_, left=len(self._refreshes) - 1 - i: arrive() and arrive()(left)
