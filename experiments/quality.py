@@ -98,6 +98,7 @@ def rows():
                "subnets-4": dict(subnets=4, held=3), "ends": dict(held=5, ends=True), "warmup-20": dict(warmup=0.2)}
     for name, change in changes.items():
         out[f"block-6-{name}-flops"] = Row(**{**asdict(block), **change})
+    out["ddp-warmup-20"] = Row(warmup=0.2, lr_of="ddp")
     for init in "zero", "times-C":
         out[f"ddp-init-{init}"] = Row(init=init)
         for level in "block", "neuron":
@@ -194,9 +195,14 @@ class Dense:
         return float(loss.detach())
 
     @torch.no_grad()
-    def validate(self, batches):
-        factors, self.factors = self.factors, None                   # the full model
+    def validate(self, batches, factor=1.0):
+        """Loss of the full model, whose branches are multiplied by `factor`."""
+        factors, self.factors = self.factors, None
+        for layer in self.model.model.layers:
+            layer.scales = [factor, factor]
         losses = [float(self.model(x, y)) for x, y in batches]
+        for layer in self.model.model.layers:
+            layer.scales = [1.0, 1.0]
         self.factors = factors
         return sum(losses) / len(losses)
 
@@ -227,7 +233,9 @@ class Simulated:
         return total / len(batches)
 
     @torch.no_grad()
-    def validate(self, batches):
+    def validate(self, batches, factor=1.0):
+        for layer in self.full.model.layers:
+            layer.scales = [factor, factor]
         losses = [float(torch.func.functional_call(self.full, self.parameters, batch)) for batch in batches]
         return sum(losses) / len(losses)
 
@@ -265,7 +273,7 @@ def train(row, updates, seed, lr, text, report):
                 p *= 0.0 if row.init == "zero" else 0.75
     optimizer = torch.optim.AdamW([{"params": [p for p in workers.parameters.values() if p.dim() > 1], "weight_decay": 0.1},
                                    {"params": [p for p in workers.parameters.values() if p.dim() == 1], "weight_decay": 0.0}],
-                                  lr=lr, betas=(0.9, 0.95))
+                                  lr=lr, betas=(0.9, 0.95), fused=True)
     text.batch_size, text.seed = 64, seed
     val = [text.batch("val", i, 0, 1) for i in range(text.val_steps(1))]
     text.batch_size = row.sequences
@@ -286,6 +294,8 @@ def train(row, updates, seed, lr, text, report):
         report(step + 1, steps, seconds)
     result = {"steps": steps, "val_loss": curve[-1][1], "curve": curve, "flops": flops * steps,
               "tokens": steps * row.workers * row.sequences * SEQ_LEN, "seconds": round(seconds, 1), "torch": torch.__version__}
+    # Are the branches of the full model as large as they should be?  Then no other factor is better than 1
+    result["at_factor"] = {f"{factor:g}": round(workers.validate(val, factor), 5) for factor in (0.7, 0.8, 0.9, 1.1)}
     if row.level:
         result["spectral_gap"] = sdp.spectral_gap(*sdp.rows_of(masks))[0]
     return result
@@ -313,6 +323,13 @@ def read(path):
         except ValueError:
             continue
     return out
+
+
+def append(path, line):
+    """Adds a result, on a line of its own even where the line before was cut off."""
+    text = path.read_text() if path.exists() else ""
+    with open(path, "a") as f:
+        f.write("\n" * (not text.endswith("\n") and bool(text)) + json.dumps(line) + "\n")
 
 
 def losses(results, name, updates):
@@ -400,8 +417,7 @@ def main(argv=None):
 
         result = train(table[name], updates, seed, lr, text, report)
         line = {"row": name, "updates": updates, "seed": seed, "lr": lr, **result, "settings": asdict(table[name])}
-        with open(args.results, "a") as f:
-            f.write(json.dumps(line) + "\n")
+        append(args.results, line)
         print(f"\r{label}: validation loss {line['val_loss']:.4f} after {line['steps']} steps, {line['seconds']:.0f} s     ", flush=True)
 
 
