@@ -46,6 +46,7 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -96,8 +97,8 @@ def neuron_masks(branches, n_subnets, held, seed=0):
     dealt = Counter()                                       # neurons so far, of each cost
     masks = {}
     for name, (_, neurons, *cost) in branches.items():
-        cards = (dealt[tuple(cost)] + np.arange(neurons)) % len(sets)  # go on where the last such branch ended
-        dealt[tuple(cost)] += neurons
+        cards = (dealt[tuple(cost)] + np.arange(neurons)) % len(sets)
+        dealt[tuple(cost)] += neurons                       # the next such branch goes on where this one ended
         masks[name] = torch.from_numpy(sets[np.sort(cards)])
     return masks
 
@@ -777,22 +778,24 @@ class MaskedAllReduce:
         for run in all_runs:
             for subnet in run.holders:
                 load[subnet] += run.numel * (2 - 2 / self._count(run.holders))
+        owners = {}                                         # (run, the subnet that gets it) -> the one that sends it
+        for run in sorted(all_runs, key=attrgetter("numel"), reverse=True):
+            for subnet in sorted(set(range(self.n_subnets)) - set(run.holders)):
+                owner = min(run.holders, key=load.__getitem__)
+                load[owner] += run.numel
+                owners[run.name, run.holders, subnet] = owner
         exchanges = []
         size = limit
         for run in all_runs:
-            others = sorted(set(range(self.n_subnets)) - set(run.holders))
-            if not others:
-                continue
-            if size >= limit:
-                size = 0
-                sends = [[] for _ in range(self.world)]
-                gets = [[] for _ in range(self.world)]
-                exchanges.append(Exchange(set(), sends, gets))
-            exchanges[-1].branches.add(self.layout[run.name][0])
-            size += run.numel * len(others) / self.n_subnets
-            for subnet in others:
-                owner = min(run.holders, key=load.__getitem__)
-                load[owner] += run.numel
+            for subnet in sorted(set(range(self.n_subnets)) - set(run.holders)):
+                if size >= limit:
+                    size = 0
+                    sends = [[] for _ in range(self.world)]
+                    gets = [[] for _ in range(self.world)]
+                    exchanges.append(Exchange(set(), sends, gets))
+                size += run.numel / self.n_subnets
+                exchanges[-1].branches.add(self.layout[run.name][0])
+                owner = owners[run.name, run.holders, subnet]
                 if self.subnet == owner:
                     sends[family + subnet].append(run.param.data)
                 elif self.subnet == subnet:
