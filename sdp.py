@@ -98,7 +98,7 @@ def neuron_masks(branches, n_subnets, held, seed=0):
     masks = {}
     for name, (_, neurons, *cost) in branches.items():
         cards = (dealt[tuple(cost)] + np.arange(neurons)) % len(sets)
-        dealt[tuple(cost)] += neurons                       # the next such branch goes on where this one ended
+        dealt[tuple(cost)] += neurons                       # the next one goes on where this one ended
         masks[name] = torch.from_numpy(sets[np.sort(cards)])
     return masks
 
@@ -778,7 +778,7 @@ class MaskedAllReduce:
         for run in all_runs:
             for subnet in run.holders:
                 load[subnet] += run.numel * (2 - 2 / self._count(run.holders))
-        owners = {}                                         # (run, the subnet that gets it) -> the one that sends it
+        owners = {}                                # (run, subnet that gets it) -> subnet that sends it
         for run in sorted(all_runs, key=attrgetter("numel"), reverse=True):
             for subnet in sorted(set(range(self.n_subnets)) - set(run.holders)):
                 owner = min(run.holders, key=load.__getitem__)
