@@ -404,6 +404,8 @@ class DataParallel:
     """torch's DistributedDataParallel with the interface of sdp.SubnetDataParallel, and no hook of ours."""
 
     def __init__(self, module, wire=None):
+        for p in module.parameters():
+            p.data = p.data.contiguous()                             # sdp.cut had laid it out by neurons
         self.runs = [Whole(name, p) for name, p in module.named_parameters()]
         self.params = [run.param for run in self.runs]
         self.device = self.params[0].device
