@@ -1,15 +1,12 @@
 """
 Subnetwork Data Parallelism (SDP): data parallelism in which each worker trains only a part of the model.
 
-W workers, each on its own data.  The model's residual branches are sums over *neurons* (see model_llama.py), and a mask
-says which of S subnetworks holds which neuron; worker r trains subnetwork r mod S.  A subnetwork is an ordinary,
-smaller model.  After each backward pass a parameter's gradient is averaged among the workers that hold it:
+There are W workers, each on its own data, and S subnetworks.  Worker r trains subnetwork r mod S.  After each backward
+pass, a parameter's gradient is averaged among the workers that hold it:
 
     g_j  =  1/|H_j|  *  sum over workers i in H_j of  g_ij            H_j: the workers that hold parameter j
 
-No activations are exchanged.  Besides gradients there is one scalar a step, for clipping, and where workers also run the
-neurons they do not train (backward masking), updated weights.  Worked by hand, four neurons and two workers, neuron 0 only
-on worker 0, neuron 3 only on worker 1, neurons 1 and 2 on both:
+No activations are exchanged.  Worked by hand, four neurons and two workers:
 
     mask [neurons, subnets]     gradient on worker 0     on worker 1        averaged
         1  0                            2                     -                 2
@@ -17,19 +14,35 @@ on worker 0, neuron 3 only on worker 1, neurons 1 and 2 on both:
         1  1                            1                     3                 2
         0  1                            -                     8                 8
 
-The method in its naive form is the function below: full-size tensors, zeros from those who do not hold, one all-reduce of
-the sum and one of the number of holders.  The rest of this file does the same with real subnetworks, so that memory, FLOPs
-and bytes fall with the part that is held: masks; cutting and pasting; all workers simulated in one process, which states
-the method most clearly; real workers; and last how to choose balanced masks.
+There are two regimes:
+
+                                    forward masking             backward masking
+    forward pass                    the subnetwork              the full model
+    weights in memory               the subnetwork's            all
+    gradients, optimizer state      the subnetwork's            the subnetwork's
+    gradient                        biased                      unbiased
+
+The words:
+
+    neuron        the smallest piece that is held or not: a head, a hidden unit, a channel
+    branch        the f of a residual x <- x + f(x); its inside is a sum over its neurons
+    subnet        the number of a subnetwork, 0 to S-1
+    holders       the holder set of a neuron: all subnets that hold it, a sorted tuple
+    held, frozen  a worker trains the neurons it holds.  Under backward masking it also runs the others, frozen
+    refresh       a holder sends new weights to the workers that run them frozen
+    run           what one holder set has of one parameter: one stretch of memory, a 1-D tensor
+
+The file has the method four times, each time closer to the machine: `naive_masked_average`, which needs full-size
+tensors; `Simulation`, all workers in one process; `MaskedAllReduce`, real workers, one message for each holder set; and
+`SubnetDataParallel`, whose messages leave while the backward pass still runs.  You can stop after `MaskedAllReduce`.
 """
 
 import hashlib
-import math
 import os
 import weakref
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
-from itertools import chain
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -40,190 +53,312 @@ from torch.func import functional_call
 
 
 def naive_masked_average(grad, held):
-    """grad [neurons, ...] of this worker, held bool [neurons]: which of them it holds -> the average of the formula."""
+    """The formula with full-size tensors.
+
+    grad [neurons, ...] of this worker; held bool [neurons]: which neurons it holds.  Every neuron has a holder.
+    """
     held = held.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1))
-    total, holders = grad * held, held.clone()
+    total = grad * held                                              # zeros from those who do not hold
+    holders = held.clone()
     dist.all_reduce(total)                                           # sum over i in H_j of g_ij
     dist.all_reduce(holders)                                         # |H_j|
     return total / holders
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Masks: {branch: bool tensor [neurons, subnets]}.  This dict is the whole description of an SDP run
+# Masks: {branch: bool tensor [neurons, n_subnets]}.  This dict is the whole description of an SDP run
 # ---------------------------------------------------------------------------------------------------------------------
-# `branches` is what a model tells us: branch name -> (block, neurons, *loads of one neuron), the loads being of any
-# kinds: here bytes, FLOPs and activations.  A mask function of your own only has to return such a dict.
+# A model tells us its `branches`: branch name -> (block, number of neurons, *costs of one neuron).  The costs are of any
+# kinds, here bytes, FLOPs and activations; only their ratios matter.  A mask function returns such a dict of masks.
 
-def block_masks(branches, subnets, held, seed=0):
-    """Every block is held or skipped whole, by exactly `held` of the `subnets`."""
+def block_masks(branches, n_subnets, held, seed=0):
+    """Each block is held or skipped whole.  Exactly `held` of the subnets hold it."""
     blocks = list(dict.fromkeys(block for block, *_ in branches.values()))
-    cost, size = np.zeros((len(blocks), len(_load(branches)[0]))), np.zeros(len(blocks))
-    for (block, neurons, *_), load in zip(branches.values(), _load(branches)):
-        cost[blocks.index(block)] += load * neurons
+    costs = relative_costs(branches)
+    cost = np.zeros((len(blocks), costs.shape[1]))
+    size = np.zeros(len(blocks))
+    for (block, neurons, *_), of_one in zip(branches.values(), costs):
+        cost[blocks.index(block)] += of_one * neurons
         size[blocks.index(block)] += neurons
-    rows = dict(zip(blocks, torch.from_numpy(_balanced_sets(cost, size, subnets, held, seed))))     # at the end of this file
-    return {name: rows[block].repeat(neurons, 1) for name, (block, neurons, *_) in branches.items()}
+    sets = torch.from_numpy(balanced_sets(cost, size, n_subnets, held, seed))     # bool [blocks, n_subnets]
+    return {name: sets[blocks.index(block)].repeat(neurons, 1) for name, (block, neurons, *_) in branches.items()}
 
 
-def neuron_masks(branches, subnets, held, seed=0):
-    """Every branch is dealt out in equal runs of neurons, run i to the i-th of at most `subnets` holder sets."""
-    load = _load(branches)
+def neuron_masks(branches, n_subnets, held, seed=0):
+    """Each branch is dealt out in equal runs of neurons, run i to the i-th of at most `n_subnets` holder sets."""
     total = sum(neurons for _, neurons, *_ in branches.values())
-    ones = np.ones((min(subnets, total), 1))
-    sets = _balanced_sets(ones, ones[:, 0], subnets, held, seed)     # bool [sets, subnets]
-    count = {name: np.full(len(sets), neurons // len(sets)) for name, (_, neurons, *_) in branches.items()}
-    burden = sum((sets.T @ count[name])[:, None] * cost for name, cost in zip(branches, load))  # [subnets, kinds]
-    # The neurons left over, dearest first, each to the set whose members carry least so far
-    for cost, name in sorted(zip(map(tuple, load), branches), reverse=True):
-        left = branches[name][1] - count[name].sum()
-        for _ in range(left):
-            worse = [((burden[members] + cost) ** 2).sum() + 1e9 * (count[name][i] > count[name].min())
-                     for i, members in enumerate(sets)]
-            i = int(np.argmin(worse))
-            count[name][i] += 1
-            burden[sets[i]] += cost
-    return {name: torch.from_numpy(np.repeat(sets, count[name], axis=0)) for name in branches}
+    ones = np.ones((min(n_subnets, total), 1))
+    sets = balanced_sets(ones, ones[:, 0], n_subnets, held, seed)    # bool [sets, n_subnets]
+    costs = dict(zip(branches, relative_costs(branches)))
+    counts = {}                                                      # branch -> neurons of each set
+    burden = np.zeros((n_subnets, len(next(iter(costs.values())))))  # what each subnet carries of each kind
+    for name, (_, neurons, *_) in branches.items():
+        counts[name] = np.full(len(sets), neurons // len(sets))
+        burden += np.outer(sets.T @ counts[name], costs[name])
+    # The neurons left over, dearest first, one by one to the set whose members carry least
+    for name in sorted(branches, key=lambda name: tuple(costs[name]), reverse=True):
+        for _ in range(branches[name][1] % len(sets)):
+            open_sets = np.flatnonzero(counts[name] == counts[name].min())
+            after = [((burden[sets[i]] + costs[name]) ** 2).sum() for i in open_sets]
+            i = open_sets[int(np.argmin(after))]
+            counts[name][i] += 1
+            burden[sets[i]] += costs[name]
+    return {name: torch.from_numpy(np.repeat(sets, counts[name], axis=0)) for name in branches}
 
 
-def _load(branches):
-    """[branches, kinds]: one neuron's load of each kind, as a fraction of the whole model's."""
-    cost = np.array([loads for _, _, *loads in branches.values()], float)
-    total = (cost * np.array([[neurons] for _, neurons, *_ in branches.values()])).sum(0)
-    return cost / total
-
-
-def spectral_gap(rows, neurons):
-    """Spectral gap 1 - lambda_2 of the random walk subnet -> neuron -> subnet, and the number of connected components.
-
-    rows [n, subnets]: who holds item n; neurons [n]: how many neurons it stands for.  Gap 0: news from some subnet
-    never reaches some other through shared neurons.  Gap 1: one step of averaging mixes everybody.
-    """
-    rows = np.asarray(rows, float)
-    walk = (rows * (neurons / rows.sum(1))[:, None]).T @ rows        # [subnets, subnets]
-    degree = walk.sum(1)
-    walk[degree == 0, degree == 0] = degree[degree == 0] = 1         # a subnet that holds nothing stays where it is
-    eigenvalues = np.linalg.eigvalsh(walk / np.sqrt(np.outer(degree, degree)))
-    gap = 1 - eigenvalues[-2] if len(eigenvalues) > 1 else 1.0
-    return max(0.0, round(gap, 9)), int((eigenvalues > 1 - 1e-9).sum())
+MASKS = {"block": block_masks, "neuron": neuron_masks}               # train.py --level; a mask of your own is a third entry
 
 
 def check_masks(masks, branches):
-    """Raises ValueError for masks that cannot be trained; returns warnings for masks that can but perhaps should not."""
+    """Raises ValueError for masks that cannot be trained.  Returns warnings for masks that perhaps should not be."""
     if masks.keys() != branches.keys():
-        raise ValueError(f"the masks are not of this model: branches {sorted(masks.keys() ^ branches.keys())[:3]} differ")
-    subnets, counts = {m.shape[-1] for m in masks.values()}, set()
+        odd = sorted(masks.keys() ^ branches.keys())
+        raise ValueError(f"the masks are not of this model: branches {odd[:3]} differ")
+    n_subnets = count_subnets(masks)
     for name, mask in masks.items():
-        if len(mask) != branches[name][1] or len(subnets) != 1:
-            raise ValueError(f"mask of {name}: wanted bool [{branches[name][1]} neurons, subnets], with as many subnets "
-                             f"as the other masks, got {mask.dtype} {list(mask.shape)}")
-        counts |= set(mask.sum(1).tolist())
-    sets, warnings = holder_sets(masks)[0], []
-    if len(counts) > 1:
-        warnings.append(f"neurons have from {min(counts)} to {max(counts)} holders, so coverage is uneven")
-    if len(sets) > subnets.pop():
-        warnings.append(f"the masks need {len(sets)} process groups, more than there are subnets")
+        if len(mask) != branches[name][1] or mask.shape[-1] != n_subnets:
+            raise ValueError(f"mask of {name}: wanted bool [{branches[name][1]} neurons, {n_subnets} subnets], "
+                             f"got {mask.dtype} {list(mask.shape)}")
+    sets, _ = holder_sets(masks)
+    sizes = {len(holders) for holders in sets}
+    warnings = []
+    if len(sizes) > 1:
+        warnings.append(f"neurons have from {min(sizes)} to {max(sizes)} holders, so coverage is uneven")
+    groups = {*sets, *(branch_holders(mask) for mask in masks.values())} - {tuple(range(n_subnets))}
+    if len(groups) > n_subnets:
+        warnings.append(f"the masks need {len(groups)} process groups, more than there are subnets")
     if spectral_gap(*rows_of(masks))[1] > 1:
         warnings.append("the subnets fall into separate groups that share no neuron of any branch")
     return warnings
 
 
-def rows_of(masks):
-    """Distinct rows of all masks [n, subnets], and how many neurons have each."""
-    rows, neurons = torch.cat(list(masks.values())).unique(dim=0, return_counts=True)
-    return rows.numpy(), neurons.numpy()
+def count_subnets(masks):
+    return next(iter(masks.values())).shape[-1]
 
 
-def loads(masks, branches):
-    """[subnets, kinds]: what each subnet carries of the branches, over the mean subnet."""
-    load = sum(np.outer(mask.sum(0).numpy(), cost) for mask, cost in zip(masks.values(), _load(branches)))
-    return load / load.mean(0)
+def held_counts(masks, subnet):
+    """{branch: number of neurons that the subnet holds}: the sizes to build its model with."""
+    return {name: int(mask[:, subnet].sum()) for name, mask in masks.items()}
 
-
-def picture(masks, branches):
-    """The masks as text: branches down (one line for a block that is held whole), subnets across."""
-    lines, seen = [], set()
-    for name, mask in masks.items():
-        block = branches[name][0]
-        whole = all(bool((m == mask[0]).all()) for b, m in masks.items() if branches[b][0] == block)
-        if whole and block in seen:
-            continue
-        seen.add(block)
-        part = [r.float().mean(0) for r in mask.tensor_split(1 if whole else min(8, len(mask)))]   # each [subnets]
-        cells = ["".join("·░▒▓█"[math.ceil(4 * float(p[s]))] for p in part) for s in range(mask.shape[1])]
-        lines.append((f"block {block}" if whole else name, " ".join(c * 2 if whole else c for c in cells)))
-    margin = max(len(label) for label, _ in lines)
-    return "\n".join(f"  {label:{margin}}  {cells}" for label, cells in lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Cutting a subnetwork out of the full model, and pasting it back
-# ---------------------------------------------------------------------------------------------------------------------
-# `layout` is the other thing a model tells us: full parameter name -> (branch or None, dim or None, shape).  Neuron n
-# of a branch owns shape[dim] / neurons consecutive rows (or columns) along dim.  dim None: the parameter belongs to the
-# branch as a whole (the norm before it).  Branch None: shared, every subnetwork holds it.
-#
-# A subnet keeps its neurons sorted by holder set (their order inside a branch does not matter: it is a sum), so that
-# what it shares with one set of peers is one run of rows of each parameter.  Under backward masking the neurons it does
-# not hold are kept likewise, in modules whose path has the part `rest`: a.rest.b.weight is cut from the full a.b.weight.
 
 def holder_sets(masks):
-    """All different sets of subnets that hold some neuron, as sorted tuples, and {branch: set number of each neuron}."""
-    sets, which = {}, {}
+    """All different holder sets, and {branch: int tensor [neurons]: the number of each neuron's set}.
+
+    Raises ValueError for what is no mask, and for a neuron without a holder.
+    """
+    sets = {}                                                        # holders -> number
+    which = {}
     for name, mask in masks.items():
         if mask.dtype != torch.bool or mask.dim() != 2:
             raise ValueError(f"mask of {name}: wanted bool [neurons, subnets], got {mask.dtype} {list(mask.shape)}")
         if not mask.any(1).all():
             raise ValueError(f"mask of {name}: no subnet holds neuron {int((~mask.any(1)).nonzero()[0])}")
         rows, inverse = mask.unique(dim=0, return_inverse=True)
-        number = [sets.setdefault(tuple(row.nonzero().flatten().tolist()), len(sets)) for row in rows]
-        which[name] = torch.tensor(number)[inverse]
+        numbers = [sets.setdefault(tuple(row.nonzero().flatten().tolist()), len(sets)) for row in rows]
+        which[name] = torch.tensor(numbers)[inverse]
     return list(sets), which
 
 
-def held_counts(masks, subnet):
-    """{branch: number of neurons the subnet holds}: the sizes to build its model with."""
-    return {name: int(mask[:, subnet].sum()) for name, mask in masks.items()}
+def branch_holders(mask):
+    """The subnets that hold some neuron of the branch.  They hold what belongs to it as a whole: its norm, say."""
+    return tuple(mask.any(0).nonzero().flatten().tolist())
 
+
+def relative_costs(branches):
+    """[branches, kinds]: one neuron's cost of each kind, as a fraction of the whole model's."""
+    cost = np.array([costs for _, _, *costs in branches.values()], float)
+    neurons = np.array([neurons for _, neurons, *_ in branches.values()])
+    return cost / (neurons @ cost)
+
+
+def loads(masks, branches):
+    """[n_subnets, kinds]: what each subnet carries of the branches, over the mean subnet."""
+    load = sum(np.outer(mask.sum(0).numpy(), cost) for mask, cost in zip(masks.values(), relative_costs(branches)))
+    return load / load.mean(0)
+
+
+def rows_of(masks):
+    """Distinct rows of all masks [n, n_subnets], and how many neurons have each [n]."""
+    rows, neurons = torch.cat(list(masks.values())).unique(dim=0, return_counts=True)
+    return rows.numpy(), neurons.numpy()
+
+
+def spectral_gap(rows, neurons):
+    """How well news spreads among the subnets: spectral gap, and number of connected components.
+
+    rows [n, n_subnets]: who holds item n; neurons [n]: how many neurons it stands for.  The gap is 1 - lambda_2 of the
+    random walk subnet -> neuron -> subnet.  Gap 0: some subnet never hears of some other through shared neurons.
+    Gap 1: one step of averaging mixes all.  (The paper's convergence proof for backward masking uses such a gap.)
+    """
+    rows = np.asarray(rows, float)
+    walk = (rows * (neurons / rows.sum(1))[:, None]).T @ rows        # [n_subnets, n_subnets]
+    degree = walk.sum(1)
+    alone = degree == 0                                              # a subnet that holds nothing stays where it is
+    walk[alone, alone] = 1
+    degree[alone] = 1
+    eigenvalues = np.linalg.eigvalsh(walk / np.sqrt(np.outer(degree, degree)))
+    gap = 1 - eigenvalues[-2] if len(eigenvalues) > 1 else 1.0
+    return max(0.0, round(gap, 9)), int((eigenvalues > 1 - 1e-9).sum())
+
+
+def picture(masks, branches):
+    """The masks as text: branches down (one line for a block that is held whole), subnets across."""
+    lines = []
+    seen = set()
+    for name, mask in masks.items():
+        block = branches[name][0]
+        same_block = [m for branch, m in masks.items() if branches[branch][0] == block]
+        whole = all(bool((m == mask[0]).all()) for m in same_block)
+        if whole and block in seen:
+            continue
+        seen.add(block)
+        cells = []
+        for column in mask.float().T:                                # of one subnet: how much of each eighth it holds
+            parts = column.tensor_split(1 if whole else min(8, len(column)))
+            cell = "".join("·░▒▓█"[int(np.ceil(4 * float(part.mean())))] for part in parts)
+            cells.append(cell * 2 if whole else cell)
+        lines.append((f"block {block}" if whole else name, " ".join(cells)))
+    margin = max(len(label) for label, _ in lines)
+    return "\n".join(f"  {label:{margin}}  {cells}" for label, cells in lines)
+
+
+def balanced_sets(cost, size, n_subnets, held, seed):
+    """Gives each of n items (blocks, say) a set of exactly `held` subnets; at most `n_subnets` different sets.
+
+    cost [n, kinds], size [n] in neurons -> bool [n, n_subnets].  Any sets would do.  These have a small
+
+        10 * (connected components - 1)  +  largest load / mean  +  0.01 * mean square load  -  0.02 * spectral gap
+
+    The weights say what matters: connected first, then balance, then the gap.  A greedy start, then random exchanges
+    that are kept if they do no harm.  No clock, and numbers are rounded before they are compared: all ranks find the
+    same sets.
+    """
+    if not 1 <= held <= n_subnets:
+        raise ValueError(f"held must be from 1 to {n_subnets} (the number of subnets), not {held}")
+    rng = np.random.default_rng(seed)
+    cost = cost / cost.sum(0) * n_subnets / held                     # now a subnet's mean load is 1
+    # Items beyond the number of sets share one: dearest first, into the lightest bundle
+    bundles = min(len(cost), n_subnets)
+    bundle = np.zeros(len(cost), int)
+    weight = np.zeros((bundles, cost.shape[1]))
+    neurons = np.zeros(bundles)
+    for item in np.argsort(-cost.max(1), kind="stable"):
+        lightest = (weight + cost[item]).max(1).argmin()
+        bundle[item] = lightest
+        weight[lightest] += cost[item]
+        neurons[lightest] += size[item]
+
+    def badness(sets):
+        gap, components = spectral_gap(sets, neurons)
+        load = sets.T @ weight                                       # [n_subnets, kinds], mean 1
+        return round(10 * (components - 1) + load.max() + 0.01 * (load ** 2).mean() - 0.02 * gap, 9)
+
+    best = None
+    for _ in range(8):                                               # from eight starts: a search can get stuck
+        sets = np.zeros((bundles, n_subnets), bool)
+        load = np.zeros((n_subnets, cost.shape[1]))
+        for g in np.argsort(-weight.max(1), kind="stable"):          # dearest first, to those who carry least
+            after = (load + weight[g]).max(1) + 1e-6 * rng.random(n_subnets)
+            sets[g, np.argsort(after)[:held]] = True
+            load += np.outer(sets[g], weight[g])
+        bad = badness(sets)
+        exchanges = int(1000 * min(1, (12 / n_subnets) ** 2)) if held < n_subnets else 0
+        for _ in range(exchanges):
+            i, j = rng.choice(n_subnets, 2, replace=False)
+            gives = np.flatnonzero(sets[:, i] & ~sets[:, j])         # bundles that i can give to j
+            takes = np.flatnonzero(sets[:, j] & ~sets[:, i])
+            trial = sets.copy()
+            if len(gives):
+                trial[rng.choice(gives), [i, j]] = False, True
+            if len(takes) and rng.random() < 0.7:                    # mostly an exchange: the numbers of bundles stay
+                trial[rng.choice(takes), [i, j]] = True, False
+            new = badness(trial)
+            if new <= bad:
+                sets, bad = trial, new
+        if best is None or bad < best[0]:
+            best = bad, sets
+    return best[1][bundle]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cutting a subnetwork out of the full model
+# ---------------------------------------------------------------------------------------------------------------------
+# A model also tells us its `layout`: full parameter name -> (branch or None, dim or None, shape), in forward order.
+# Neuron n of a branch owns shape[dim] / neurons consecutive rows (or columns) along dim.  dim None: the parameter belongs
+# to the branch as a whole (its norm).  Branch None: shared, all subnets hold it (embedding, head).
+#
+# A subnet keeps its neurons sorted by holder set.  (A branch is a sum, so their order does not matter.)  And each cut
+# parameter lies in memory neuron by neuron, whatever its shape.  So what one holder set has of a parameter is one
+# stretch of memory: a run.  From here on, no code cares about dimensions.
+#
+# Under backward masking, modules whose path has the part `rest` have the frozen neurons: a.rest.b.weight is cut from the
+# full model's a.b.weight, and the branch is held(x) + rest(x).
 
 class Slot(NamedTuple):
     """Where a parameter of a subnetwork lies in the full model."""
-    full: str                       # name of the full parameter
-    dim: int | None                 # dimension that was cut, None: the parameter is whole
+    name: str                       # of the full parameter
+    dim: int | None                 # the dimension that is cut; None: the parameter is whole
     rows: torch.Tensor | None       # its rows in the full parameter along dim
-    trains: bool                    # False: frozen here (backward masking), refreshed from a holder
+    trains: bool                    # False: frozen here (backward masking)
 
 
 def slots(module, masks, layout, subnet):
-    """{parameter name in the subnetwork `module`: Slot}; freezes the parameters that do not train.
+    """{parameter name in the subnetwork `module`: Slot}.  Changes nothing.
 
     Raises ValueError where module, masks and layout disagree.
     """
-    which, out = holder_sets(masks)[1], {}
+    _, which = holder_sets(masks)
+    found = {}
     for local, p in module.named_parameters():
-        full = local.replace(".rest.", ".")
-        if full not in layout:
-            raise ValueError(f"parameter {full} is not in the layout")
-        branch, dim, shape = layout[full]
+        name = f".{local}".replace(".rest.", ".")[1:]
+        if name not in layout:
+            raise ValueError(f"parameter {name} is not in the layout: add it there, with branch None if all subnets hold it")
+        branch, dim, shape = layout[name]
+        frozen = ".rest." in f".{local}"
         if dim is None:
-            out[local] = Slot(full, None, None, branch is None or bool(masks[branch][:, subnet].any()))
+            if frozen:
+                raise ValueError(f"parameter {local} belongs to its branch as a whole, so it may not be in `rest`: the "
+                                 f"branch would add it twice; add it once, outside of held and rest")
+            slot = Slot(name, None, None, branch is None or bool(masks[branch][:, subnet].any()))
         else:
-            if shape[dim] % len(masks[branch]):
-                raise ValueError(f"parameter {full} has {shape[dim]} rows, which {len(masks[branch])} neurons cannot share equally")
-            per, frozen = shape[dim] // len(masks[branch]), ".rest." in local
+            mask = masks[branch]
+            if shape[dim] % len(mask):
+                raise ValueError(f"parameter {name} has {shape[dim]} rows, which {len(mask)} neurons cannot share equally")
             neurons = which[branch].argsort(stable=True)             # sorted by holder set; of them those held here,
-            neurons = neurons[masks[branch][neurons, subnet] != frozen]      # or, for `rest`, those not held
-            rows = (neurons[:, None] * per + torch.arange(per)).flatten()
-            out[local] = Slot(full, dim, rows, not frozen)
+            neurons = neurons[mask[neurons, subnet] != frozen]       # or, in `rest`, the others
+            each = shape[dim] // len(mask)
+            rows = (neurons[:, None] * each + torch.arange(each)).flatten()
+            slot = Slot(name, dim, rows, not frozen)
             shape = (*shape[:dim], len(rows), *shape[dim + 1:])
-        p.requires_grad_(out[local].trains)
         if p.shape != torch.Size(shape):
             raise ValueError(f"parameter {local} has shape {list(p.shape)}, but by the masks it should be {list(shape)}")
-    return out
+        found[local] = slot
+    for name, (branch, _, _) in layout.items():
+        held = branch is None or bool(masks[branch][:, subnet].any())
+        if held and not any(slot.name == name and slot.trains for slot in found.values()):
+            raise ValueError(f"subnet {subnet} holds {name}, but the module does not have it (of tied parameters, only "
+                             f"the first name belongs into the layout, with branch None)")
+    for alias, p in module.named_parameters(remove_duplicate=False):
+        if alias not in found:                                       # p is tied to a parameter found under another name
+            first = next(local for local, q in module.named_parameters() if q is p)
+            if layout[found[first].name][0] is not None:
+                raise ValueError(f"{first} and {alias} are tied, and in a branch: only shared parameters can be tied")
+    for buffer in module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys():
+        raise ValueError(f"buffer {buffer} is state that nobody averages: register a constant with persistent=False, "
+                         f"and batch norms with track_running_stats=False")
+    return found
 
 
 def cut(full, slot):
-    """The part of a full tensor that belongs into `slot`.  Differentiable: its gradient is pasted back."""
-    return full if slot.rows is None else full.index_select(slot.dim, slot.rows.to(full.device))
+    """The part of a full tensor that belongs into `slot`, in memory neuron by neuron.  Its gradient is pasted back."""
+    if slot.dim is None:
+        return full
+    return full.movedim(slot.dim, 0)[slot.rows.to(full.device)].movedim(0, slot.dim)
+
+
+def flat(tensor, slot):
+    """All numbers of a slot's parameter or gradient, neuron by neuron: 1-D, and a view if they lie so in memory."""
+    return tensor.movedim(slot.dim or 0, 0).reshape(-1) if tensor.dim() else tensor.reshape(-1)
 
 
 def seeded(*what):
@@ -233,7 +368,10 @@ def seeded(*what):
 
 
 def fresh(layout, init, seed):
-    """full name -> its initial value.  Depends on (seed, name) alone, so every layout of workers starts from one model."""
+    """value(full name) -> its initial value.  It depends on (seed, name) alone, so all layouts start from one model.
+
+    init(name, tensor, generator) fills a full tensor in place.
+    """
     def value(name):
         tensor = torch.empty(layout[name][2])
         with torch.no_grad():
@@ -243,501 +381,599 @@ def fresh(layout, init, seed):
 
 
 def materialize(module, masks, layout, subnet, value, device="cpu"):
-    """Gives a subnetwork built on the meta device its weights: value(full name) -> full tensor, one at a time, cut."""
-    for local, slot in slots(module, masks, layout, subnet).items():
-        put(module, local, cut(value(slot.full), slot).to(device, copy=True), slot.trains)
+    """Gives a subnetwork built on the meta device its weights: value(full name), one full tensor at a time, cut.
+
+    Frozen parameters get requires_grad=False.  Returns the module.
+    """
+    places = slots(module, masks, layout, subnet)
+    made = {}                                                        # tied parameters stay tied
+    for local, p in list(module.named_parameters(remove_duplicate=False)):
+        if p not in made:
+            weight = cut(value(places[local].name), places[local]).to(device, copy=True)
+            made[p] = nn.Parameter(weight, requires_grad=places[local].trains)
+        put(module, local, made[p])
     return module
 
 
-def put(module, name, tensor, trains):
-    """Makes `tensor` the parameter called `name`."""
+def put(module, name, parameter):
+    """Makes `parameter` the module's parameter called `name`."""
     path, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=trains))
+    setattr(module.get_submodule(path), leaf, parameter)
+
+
+class Run(NamedTuple):
+    """What one holder set has of one full parameter.  It is averaged, clipped, stepped on, refreshed and gathered whole.
+
+    All holders have it with the same length and the same bits, so any optimizer treats the replicas alike, even one whose
+    kernel rounds by position.
+    """
+    name: str                       # of the full parameter
+    holders: tuple                  # subnets
+    numel: int
+    local: str | None               # the parameter of this process's module that has it, trained or frozen; or None
+    param: nn.Parameter | None      # 1-D, shares memory with it; the optimizer steps on this.  [numbers of the run]
+
+
+def runs_of(masks, layout):
+    """All runs of the full model, in forward order: (full name, holders, number of numbers).  The same on every rank."""
+    sets, which = holder_sets(masks)
+    everyone = tuple(range(count_subnets(masks)))
+    for name, (branch, dim, shape) in layout.items():
+        numel = torch.Size(shape).numel()
+        if branch is None:
+            yield name, everyone, numel
+        elif dim is None:
+            yield name, branch_holders(masks[branch]), numel
+        else:
+            neurons = which[branch].bincount(minlength=len(sets)).tolist()
+            yield from ((name, holders, numel // len(masks[branch]) * n) for holders, n in zip(sets, neurons) if n)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One process: the same mathematics without communication, the clearest statement of the method
+# All workers in one process: the clearest statement of the method, and what the tests compare with
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Simulation:
-    """All workers, one after another, in one process: what SubnetDataParallel computes, with its interface.
+    """All workers, one after another, on full parameters.  The interface is that of the classes below.
 
     modules: the S subnetworks, on the meta device.  value(full name) -> the full parameter's first value.
+    Raises ValueError if S does not divide the number of workers.
     """
 
+    no_sync = nullcontext
+    sent_bytes = 0
+
     def __init__(self, modules, masks, layout, value, workers=None, device="cpu"):
-        self.layout, self.masks, self.subnets = layout, masks, len(modules)
-        self.size = workers or self.subnets
-        self.workers, self.device, self.sent_bytes = list(range(self.size)), torch.device(device), 0
-        self.modules, self.slots = modules, [slots(m, masks, layout, s) for s, m in enumerate(modules)]
+        self.n_subnets = len(modules)
+        self.world = workers or self.n_subnets
+        if self.world % self.n_subnets:
+            raise ValueError(f"the number of subnets, {self.n_subnets}, must divide the number of workers, {self.world}")
+        self.workers = list(range(self.world))
+        self.device = torch.device(device)
+        self.masks, self.layout, self.modules = masks, layout, modules
+        self.slots = [slots(module, masks, layout, subnet) for subnet, module in enumerate(modules)]
         self.params = {name: nn.Parameter(value(name).to(device, copy=True)) for name in layout}
-
-    def trained(self):
-        return self.params
-
-    def cut(self, local, value):
-        return value(local)                                          # parameters are full here
+        self.runs = [Run(name, None, p.numel(), name, p) for name, p in self.params.items()]
 
     def run(self, worker, *inputs):
-        """Forward pass of one worker.  Its module is a mere shape, run with weights cut from the full ones; in the backward
-        pass autograd pastes the gradients back, and adds up those of all workers in the full parameter's .grad."""
-        s = worker % self.subnets
-        weights = {local: cut(self.params[slot.full] if slot.trains else self.params[slot.full].detach(), slot)
-                   for local, slot in self.slots[s].items()}
-        return functional_call(self.modules[s], weights, inputs)
-
-    no_sync = nullcontext
+        """Forward pass of one worker, whose module is a mere shape.  Its weights are cut from the full ones.  In the
+        backward pass autograd pastes the gradients back, and adds up those of all workers in the full parameter's .grad.
+        """
+        subnet = worker % self.n_subnets
+        weights = {}
+        for local, slot in self.slots[subnet].items():
+            full = self.params[slot.name] if slot.trains else self.params[slot.name].detach()
+            weights[local] = cut(full, slot)
+        return functional_call(self.modules[subnet], weights, inputs)
 
     @torch.no_grad()
     def finish(self):
-        """Now each gradient is a sum over the workers that hold the parameter: divides it by their number."""
-        for name, (branch, dim, shape) in self.layout.items():
-            p = self.params[name]
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
+        """Each gradient is now a sum over the workers that hold the parameter.  Divides it by their number."""
+        for name, p in self.params.items():
+            branch, dim, shape = self.layout[name]
             if branch is None:
-                holders = torch.tensor(self.subnets)
+                holders = torch.tensor(self.n_subnets)
             elif dim is None:
                 holders = self.masks[branch].any(0).sum()
             else:
                 holders = self.masks[branch].sum(1).repeat_interleave(shape[dim] // len(self.masks[branch]))
                 holders = holders.view([-1 if d == dim else 1 for d in range(len(shape))])
-            p.grad /= (holders * (self.size // self.subnets)).to(self.device)
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            p.grad /= (holders * (self.world // self.n_subnets)).to(self.device)     # 1/|H_j| * sum of g_ij
 
-    def clip_grad_norm(self, max_norm):
-        return nn.utils.clip_grad_norm_(self.params.values(), max_norm)
+    def clip_grad_norm(self, max_norm, *scalars):
+        """-> float64 [1 + len(scalars)]: the gradient's norm before clipping, and the scalars."""
+        norm = nn.utils.clip_grad_norm_(self.params.values(), max_norm)
+        return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in (norm, *scalars)])
 
     def refresh(self):
         pass                                                         # frozen weights are cut afresh in every run
 
-    def gather(self, tensors, under=""):
-        yield from ((name, tensors[name].detach()) for name in self.layout if name.startswith(under))
+    close = refresh
+
+    def reset(self):
+        """Drops all gradients, after an exception in the backward pass."""
+        for p in self.params.values():
+            p.grad = None
+
+    def cut(self, run, full):
+        """What belongs into run.param, or into its optimizer state, of a full tensor."""
+        return full
+
+    def gather(self, tensors=None, under=""):
+        """Yields (full name, full tensor) of the parameters whose names begin with `under`; see MaskedAllReduce."""
+        tensors = tensors or list(self.params.values())
+        for run, tensor in zip(self.runs, tensors):
+            if run.name.startswith(under):
+                yield run.name, tensor.detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Many processes: one subnetwork in each, synchronised by masked all-reduces
+# Real workers: one process and one subnetwork each
 # ---------------------------------------------------------------------------------------------------------------------
+# Bytes.  A ring all-reduce among h workers sends 2 (h-1)/h bytes per byte and worker, which is optimal.  Take W = S and
+# coverage k/S, and count per byte of the full model's branches.  A worker holds k/S of them and sends 2 (k-1)/k for each:
+# 2 (k-1)/S.  A refresh brings every weight to S-k others, and S workers share the work: (S-k)/S.  So
 #
-# One step:  backward   buckets of gradients are all-reduced as they become complete, while the rest is still computed
-#            finish     waits for the last bucket
-#            clip       one scalar over the world
-#            step       local: AdamW, or any optimizer that treats every number by itself
-#            refresh    backward masking only: new weights, from one holder of each set to those that run them frozen,
-#                       which arrive while the next forward pass runs (on gloo)
+#     forward masking   2 (k-1)/S         backward masking   (k+S-2)/S         plain data parallelism   2 (S-1)/S
 #
-# Bytes.  A ring all-reduce among h workers sends 2 (h-1)/h bytes per byte and worker, which is optimal.  For W = S and
-# coverage k/S, per branch byte and worker: a worker holds k/S of it, and sends 2 (k-1)/k for each of them: 2 (k-1)/S.  A
-# refresh brings each weight to S-k others, spread over S workers: (S-k)/S.  So forward masking sends 2 (k-1)/S, backward
-# masking 2 (k-1)/S + (S-k)/S = (k+S-2)/S, and plain data parallelism 2 (S-1)/S.
-#
-# Order.  Two workers may share several groups.  If they issued those groups' collectives in different orders, both could
-# wait for ever.  So every worker sends its buckets in one global order, and a bucket that is complete early waits its turn.
+# Order.  Two workers may share several groups.  If one began with group A and the other with group B, both could wait for
+# ever.  So all workers go through all messages in one global order, each leaving out those that are not for it.
 
-class Piece(NamedTuple):
-    """The rows of one full parameter that one set of subnets holds together, and where this worker has them."""
-    full: str
-    holders: tuple                  # subnets
-    share: float                    # 1/|H_j|
-    numel: int
-    held: bool                      # does this worker train it?
-    local: str | None               # if so, its parameter; else, under backward masking, the frozen one; else None
-    dim: int | None = None          # rows start to start + length along dim of it; None: all of it
-    start: int = 0
-    length: int = 0
+WRAPPED = weakref.WeakSet()                                          # modules that have a wrapper
 
 
-class SubnetDataParallel:
-    """Wraps the subnetwork of this process, much as DistributedDataParallel wraps a model.
+class Bucket(NamedTuple):
+    """Runs with the same holders.  Their gradients travel as one message."""
+    holders: tuple
+    runs: list
+    share: torch.Tensor             # 1/|H_j|, a 0-dim tensor
 
-        sync = SubnetDataParallel(subnet, masks, layout)
-        loss.backward(); sync.finish(); sync.clip_grad_norm(1.0); optimizer.step(); optimizer.zero_grad(); sync.refresh()
 
-    module: the subnetwork (rank mod S), its weights equal to the other holders' (see `materialize`).  masks and layout as
-    above; masks {} is plain data parallelism.  backward: the masking is backward masking.  All of them the same on every
-    rank.  bucket_bytes: there is one bucket for each holder set, and once one has so many bytes (or, towards the end, from a
-    quarter of it on, as many as its set has yet to send), new ones are begun.  reduce False: leave gradients alone (somebody
-    else averages them).  timeout: of the process groups, a timedelta.
-    The loss must be the mean over this worker's batch.  Any elementwise optimizer works (SGD, Adam), over `self.trained()`.
-    `sent_bytes` is what this worker sends in one update.
+class Exchange(NamedTuple):
+    """One message of a refresh, of one branch: what this worker sends to each rank, and gets from each rank."""
+    branch: str
+    sends: list                     # runs' weights, those for rank 0 first
+    send_sizes: list                # [world], in numbers
+    gets: list                      # frozen runs' weights, those from rank 0 first
+    get_sizes: list                 # [world]
+
+
+class MaskedAllReduce:
+    """The method on real workers in its plain form: after the backward pass, one message for each holder set.
+
+        sync = MaskedAllReduce(subnet, masks, layout)
+        optimizer = torch.optim.AdamW([run.param for run in sync.runs])
+
+        loss.backward()
+        sync.finish()                                    # run.param.grad is now the average over the holders
+        sync.clip_grad_norm(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        sync.refresh()                                   # backward masking: new weights for the frozen neurons
+
+    module: the subnetwork of this process, rank mod S, with the same weights as the other holders' (see `materialize`).
+    masks, layout: as above.  backward: the masking is backward masking.  All of them the same on every rank.
+    timeout: of the process groups, a timedelta.  The loss must be the mean over this worker's batch.
+
+    The optimizer steps on runs, so it must treat each number by itself (SGD, Adam) to be the full model's optimizer.
+    Use float32 weights, with autocast for bfloat16.  Do not use torch.amp.GradScaler: it decides rank by rank whether to
+    skip an update, and the replicas part.  The norm that `clip_grad_norm` returns is the same on all ranks: skip by that.
+
+    runs: what this worker trains.  sent_bytes: what it sends in one update.
+    Raises ValueError for what SDP would train wrongly.
     """
 
-    def __init__(self, module, masks, layout, backward=False, bucket_bytes=16 * 2**20, reduce=True, timeout=None):
-        self.module, self.layout, self.masks = module, layout, masks
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.subnets = next(iter(masks.values())).shape[1] if masks else 1
-        if self.size % self.subnets:
-            raise ValueError(f"the number of subnets ({self.subnets}) must divide the number of workers ({self.size})")
-        self.subnet, self.workers = self.rank % self.subnets, [self.rank]
+    def __init__(self, module, masks, layout, backward=False, timeout=None):
+        self.module, self.masks, self.layout, self.timeout = module, masks, layout, timeout
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.n_subnets = count_subnets(masks)
+        if self.world % self.n_subnets:
+            raise ValueError(f"the number of subnets, {self.n_subnets}, must divide the number of workers, {self.world}")
+        self.subnet = self.rank % self.n_subnets
+        self.workers = [self.rank]
         self.slots = slots(module, masks, layout, self.subnet)
         self.params = dict(module.named_parameters())
-        # (full name, does it train here?) -> local name: in backward masking a full parameter has a part of each kind
-        self._local = {(slot.full, slot.trains): local for local, slot in self.slots.items()}
-        self.device, self.dtype = next((p.device, p.dtype) for p in self.params.values())
-        if any(p.dtype != self.dtype for p in self.params.values()):
-            raise ValueError("all parameters must have one dtype, since they share buckets")
-        # Every rank makes the same plan, from masks and layout alone
-        self._everyone, (self._sets, self._which) = tuple(range(self.subnets)), holder_sets(masks)
-        self._plan_buckets(bucket_bytes)
-        self._plan_groups(backward, timeout)
-        self.sent_bytes = self._bytes_per_update()
-        # NCCL: collectives are issued inside one side stream, so that those of overlapping groups keep their order
-        nccl = self.device.type == "cuda" and "nccl" in dist.get_backend_config()
-        self._stream = torch.cuda.Stream(self.device) if nccl else None
-        self._synchronise, self._coming = reduce, []                 # the latter: messages of a refresh under way
-        self._restart()
-        ready = weakref.WeakMethod(self._ready)                      # a hook that held self would keep model and groups for ever
-        for local, p in self.trained().items():
-            p.register_post_accumulate_grad_hook(lambda _, full=self.slots[local].full: ready() and ready()(full))
-        self._wait_in_forward()
+        self.device = next(iter(self.params.values())).device
+        self.dtype = next(iter(self.params.values())).dtype
+        self.wire_dtype = self.dtype                                 # of gradients in messages
+        self._check()
+        WRAPPED.add(module)
 
-    def trained(self):
-        """{name in the subnetwork: parameter} of what this worker trains."""
-        return {local: self.params[local] for local, slot in self.slots.items() if slot.trains}
-
-    def cut(self, local, value):
-        """What belongs into the parameter `local`, or its optimizer state: cut from value(full name), a full tensor."""
-        return cut(value(self.slots[local].full), self.slots[local])
-
-    def _workers_of(self, subnets):
-        return [r for r in range(self.size) if r % self.subnets in subnets]
-
-    def _count(self, subnets):                                       # |H_j|
-        return len(subnets) * self.size // self.subnets
-
-    def _pieces(self, full):
-        """The pieces of a full parameter: one for each set of subnets that hold some of its rows together."""
-        branch, dim, shape = self.layout[full]
-        if dim is None:                                              # all who hold a neuron of the branch hold it
-            who = self._everyone if branch is None else tuple(self.masks[branch].any(0).nonzero().flatten().tolist())
-            sizes = {who: 1}
-        else:
-            sizes = dict(zip(self._sets, self._which[branch].bincount(minlength=len(self._sets)).tolist()))      # in neurons
-        pieces, before = [], {True: 0, False: 0}                     # rows that lie before it in this worker's parameter,
-        for who, neurons in sizes.items():                           # where the held ones have one and the frozen ones another
-            if neurons:
-                held = self.subnet in who
-                local = self._local.get((full, held))
-                rows = 0 if dim is None else shape[dim] // len(self.masks[branch]) * neurons
-                numel = shape.numel() if dim is None else shape.numel() // shape[dim] * rows
-                whole = dim is None or local is None or rows == self.params[local].shape[dim]
-                pieces.append(Piece(full, who, 1 / self._count(who), numel, held, local, None if whole else dim, before[held], rows))
-                before[held] += rows
-        return pieces
-
-    def _plan_buckets(self, bucket_bytes):
-        """self.buckets: [(set of subnets, its pieces)], all there are, in the order of sending."""
-        # A norm is held by all who hold a neuron of its branch.  Where that is none of the holder sets, there is no group for it:
-        # the whole world takes part, the others with zeros
-        turns = [[(p.holders if p.holders in self._sets else self._everyone, p, p.numel * self.dtype.itemsize)
-                  for p in self._pieces(full)] for full in reversed(self.layout)]
-        left = Counter()                                             # bytes still to come, of each set of holders
-        for group, _, size in chain(*turns):
-            left[group] += size
-        # Go through the parameters in the order of the backward pass, until one bucket is full; then begin new ones of all sets.
-        # (If each waited until it is full itself, the network would idle at first, and have too much to do in the end.)  A bucket is
-        # sent when the last of its gradients is there.  The last ones are smaller: little of the backward pass is left to hide them
-        window, filled, self.buckets = defaultdict(list), Counter(), []
-        for turn, pieces in enumerate(turns):
-            for group, piece, size in pieces:
-                window[group].append((turn, piece))
-                filled[group] += size
-                left[group] -= size
-            is_full = lambda group: filled[group] >= min(bucket_bytes, max(bucket_bytes / 4, left[group]))
-            if any(map(is_full, filled)) or turn == len(turns) - 1:
-                ready = sorted(window.items(), key=lambda bucket: bucket[1][-1][0])          # by the turn of their last piece
-                self.buckets += [(group, [piece for _, piece in pieces]) for group, pieces in ready]
-                window, filled = defaultdict(list), Counter()
-        self._mine = [(group, pieces) for group, pieces in self.buckets if self.subnet in group]
-        self._places = defaultdict(list)                             # full name -> numbers of my buckets, and of its piece in each
-        parts = defaultdict(list)
-        for i, (_, pieces) in enumerate(self._mine):
-            for j, p in enumerate(pieces):
-                if p.held:
-                    self._places[p.full].append((i, j))
-                    parts[p.local].append(p)
-        # For each of my buckets the parameters of which it has the last rows, others having come before
-        self._completed = [[] for _ in self._mine]
-        for places in self._places.values():
-            i, j = places[-1]
-            if self._mine[i][1][j].dim is not None:
-                self._completed[i].append(self._mine[i][1][j].local)
-        # For the norm: of each parameter its pieces, or if all of them have equally many holders, all of it at once
-        self._normed = [p for pieces in parts.values() for p in
-                        (pieces if len({p.share for p in pieces}) > 1 else [pieces[0]._replace(dim=None)])]
-
-    def _plan_groups(self, backward, timeout):
-        """A process group for each holder set and, for backward masking, one of a holder (the root) and all non-holders."""
+        all_runs = self._find_runs()
+        self.runs = [run for run in all_runs if self.subnet in run.holders]
+        self.runs_in = defaultdict(list)                             # trained parameter -> its runs, as they lie in it
+        for run in self.runs:
+            self.runs_in[run.local].append(run)
         # Making a group is itself collective: all ranks make all groups, in the same order
-        self._groups, others = {self._everyone: dist.group.WORLD}, {self._everyone: dist.group.WORLD}
-        for s in self._sets:
-            if s != self._everyone and self._count(s) > 1:
-                self._groups[s] = dist.new_group(self._workers_of(s), timeout=timeout)
-        roots = self._choose_roots() if backward else {}
-        self._refreshes = []                                         # (root, group, pieces) this worker takes part in
-        for group, pieces in self.buckets if backward else ():
-            # One set of holders, but in buckets of the whole world, where those of norms without a group differ
-            for who in dict.fromkeys(p.holders for p in pieces if p.holders != self._everyone):
-                members = sorted({roots[who]} | set(range(self.size)) - set(self._workers_of(who)))
-                if group not in others:
-                    others[group] = dist.new_group(members, timeout=timeout)
-                if group == self._everyone or self.rank in members:
-                    self._refreshes.append((roots[who], others[group], [p for p in pieces if p.holders == who]))
-        self._made = [g for g in (*self._groups.values(), *others.values()) if g is not dist.group.WORLD]
+        self.groups = {}                                             # holders -> ProcessGroup
+        for run in all_runs:
+            if run.holders not in self.groups:
+                workers = [rank for rank in range(self.world) if rank % self.n_subnets in run.holders]
+                whole = len(workers) == self.world
+                self.groups[run.holders] = dist.group.WORLD if whole else dist.new_group(workers, timeout=timeout)
+        self.buckets = self._plan_buckets(all_runs)
+        self.shares = torch.stack([bucket.share for bucket in self.buckets]).double()
+        self.norms = []                                              # of the messages that have arrived
+        self.exchanges = self._plan_refresh(all_runs) if backward else []
+        self._coming = []                                            # refresh messages under way
 
-    def _choose_roots(self):
-        """{set of holders: the one of its workers that sends the others new weights}."""
-        size = Counter()                                             # of all that a set holds, in numbers
-        for _, pieces in self.buckets:
-            for p in pieces:
-                size[p.holders] += p.numel
-        refreshed = lambda who: size[who] * (1 - 1 / (self.size - self._count(who) + 1))         # sent by each one in its group
-        sends = [sum(size[who] * (2 - 2 / self._count(who)) if r % self.subnets in who else refreshed(who) for who in size)
-                 for r in range(self.size)]                          # by each worker, before it is a root
-        roots = {}
-        for who in sorted(size, key=size.get, reverse=True):
-            holders = self._workers_of(who)
-            rest, least = set(range(self.size)) - set(holders), min(sends[r] for r in holders)
-            # One that has least to send, within 2 %, and of these the nearest to the non-holders: on one host ranks r and n differ
-            # in their last bits, so r ^ n is small, and links between hosts are slow
-            roots[who] = min((r for r in holders if sends[r] <= 1.02 * least), key=lambda r: sum(r ^ n for n in rest))
-            sends[roots[who]] += refreshed(who)
-        return roots
-
-    def _bytes_per_update(self):
-        """What this worker sends in one update, by the two formulas above: of all-reduces and of refreshes."""
-        size = lambda pieces: sum(p.numel for p in pieces) * self.dtype.itemsize
-        return (sum(size(pieces) * 2 * (1 - 1 / self._count(group)) for group, pieces in self._mine)
-                + sum(size(pieces) * (1 - 1 / dist.get_world_size(group)) for _, group, pieces in self._refreshes))
-
-    def close(self):
-        """Ends the process groups that were made for this wrapper.  Collective."""
-        self.arrive()
-        dist.barrier()                                               # or gloo fails a rank that still connects to a group that ends
-        for group in self._made:
-            dist.destroy_process_group(group)
-
-    # -- gradients ---------------------------------------------------------------------------------------------------
+    def run(self, worker, *inputs):
+        """Forward pass of worker `worker`, which is this process's."""
+        return self.module(*inputs)
 
     @contextmanager
     def no_sync(self):
-        """Inside, backward passes only accumulate; the one after synchronises the sum (gradient accumulation)."""
-        before, self._synchronise = self._synchronise, False         # not True after: with reduce=False it stays off
-        try:
-            yield
-        finally:
-            self._synchronise = before
-
-    def _restart(self):
-        self._waiting = {self.slots[local].full for local in self.trained()}     # parameters without a complete gradient
-        self._missing = [sum(p.held for p in pieces) for _, pieces in self._mine]    # pieces that each bucket waits for
-        self._filling, self._next, self._flying = {}, 0, []          # buckets begun; the next to send; messages under way
-        self._rows = {}                                              # gradients in several buckets: local name -> [(piece, view)]
-
-    @torch.no_grad()
-    def _ready(self, full):
-        """Called by autograd when a parameter's gradient is complete: moves it to its buckets, sends those whose turn has come."""
-        if self._synchronise:
-            if full not in self._waiting:
-                raise RuntimeError("a second backward pass before finish(): put all but the last one under no_sync()")
-            self._collect(full)
-            while self._next < len(self._mine) and self._missing[self._next] == 0:
-                self._send()
-
-    def _collect(self, full):
-        self._waiting.remove(full)
-        for i, j in self._places[full]:
-            if i not in self._filling:
-                self._filling[i] = self._bucket(self._mine[i][1])
-            piece, new = self._filling[i][1][j]
-            part, p = self._part(piece, lambda p: p.grad), self.params[piece.local]
-            new = torch.mul(part, piece.share, out=new.view(part.shape))     # 1/|H_j| * g_ij
-            self._missing[i] -= 1
-            if piece.dim is None:
-                p.grad = new                                         # from now on it lives in the bucket
-            else:
-                self._rows.setdefault(piece.local, []).append((piece, new))
-        if piece.dim is not None:                                    # it lives in several; until finish() it is a mere shape
-            p.grad = p.new_zeros(()).expand_as(p)
-
-    def _send(self):
-        group, pieces = self._mine[self._next]
-        flat, views = self._filling.pop(self._next, None) or self._bucket(pieces)
-        self._next += 1
-        for p, new in views:
-            if not p.held:                                           # a norm whose holders have no group: nothing to add
-                new.zero_()
-        work = None
-        if self._count(group) > 1:
-            with self._side_stream():
-                work = dist.all_reduce(flat, group=self._groups[group], async_op=not self._stream)
-        self._flying.append((work, flat))
+        """Around all micro-steps of an update but the last one.  (Here gradients just add up until finish().)"""
+        yield
 
     @torch.no_grad()
     def finish(self):
-        """Waits until every gradient is the average over its holders.  Call it after backward.
+        """Makes every run's gradient the average over its holders.  Call it after the backward pass."""
+        self.norms = []
+        for local in self.runs_in:
+            self._take_gradient(local)
+        for bucket in self.buckets:                                  # in one global order
+            message = torch.cat([run.param.grad for run in bucket.runs])
+            message *= bucket.share                                  # 1/|H_j| * g_ij
+            dist.all_reduce(message, group=self.groups[bucket.holders])          # sum over i in H_j
+            self._deal_out(bucket, message, torch.linalg.vector_norm(message))
 
-        Raises RuntimeError if the forward pass has not waited for the frozen weights that `refresh` asked for.
-        """
-        late = [piece.full for *_, frozen in self._coming for piece, _ in frozen]
-        if late:
-            raise RuntimeError(f"{late[0]} was used before it had arrived: the module around it was never called as one, so call "
-                               f"arrive() before the forward pass")
-        if self._synchronise:
-            for local, p in self.trained().items():
-                if p.grad is None:                                   # took no part in this step's loss
-                    p.grad = torch.zeros_like(p)
-                if self.slots[local].full in self._waiting:
-                    self._collect(self.slots[local].full)
-            while self._next < len(self._mine):
-                self._send()
-            self._join()
-            for completed in self._completed:                        # while the later ones are still under way
-                work, _ = self._flying.pop(0)
-                if work:                                             # None: nothing to wait for, or the side stream does
-                    work.wait()
-                for local in completed:
-                    views = sorted(self._rows.pop(local), key=lambda view: view[0].start)
-                    self.params[local].grad = torch.cat([new for _, new in views], views[0][0].dim)
-            self._restart()
+    def _take_gradient(self, local):
+        """Moves the gradient of a parameter to its runs.  No copy: the runs' gradients are views."""
+        p = self.params[local]
+        if not p.requires_grad:
+            raise RuntimeError(f"{local} was frozen after it was wrapped, but the other workers wait for its gradient: "
+                               f"leave its runs out of the optimizer instead")
+        grad = torch.zeros_like(p) if p.grad is None else p.grad     # None: it took no part in this loss
+        runs = self.runs_in[local]
+        for run, part in zip(runs, flat(grad, self.slots[local]).split([run.param.numel() for run in runs])):
+            run.param.grad = part
+        p.grad = None
+
+    def _deal_out(self, bucket, message, norm):
+        """The message has the averages of a bucket's runs: from now on it is their gradients' memory."""
+        for run, part in zip(bucket.runs, message.split([run.param.numel() for run in bucket.runs])):
+            run.param.grad = part
+        self.norms.append(norm)
 
     @torch.no_grad()
-    def clip_grad_norm(self, max_norm):
-        """Scales the gradients so that the *full* model's gradient has at most this norm.  Returns the norm before.
+    def clip_grad_norm(self, max_norm, *scalars):
+        """Scales the gradients so that the *full* model's gradient has at most this norm.
 
-        Each parameter counts once: every one of its h holders adds 1/h of its square, and the world adds up.
+        -> float64 tensor [1 + len(scalars)]: the norm before, and the sum over all workers of each scalar (the loss, a wish
+        to stop).  All travel in one message.  Each parameter counts once: each of its h holders adds 1/h of its square.
         """
-        parts = defaultdict(list)                                    # 1/h -> gradients of what h workers hold
-        for piece in self._normed:
-            parts[piece.share].append(self._part(piece, lambda p: p.grad))
-        square = torch.zeros((), dtype=torch.float64, device=self.device)
-        for share, grads in parts.items():
-            square += nn.utils.get_total_norm(grads).double() ** 2 * share
-        dist.all_reduce(square)
-        norm = square.sqrt().to(self.dtype)
-        nn.utils.clip_grads_with_norm_(self.trained().values(), max_norm, norm)
-        return norm
-
-    # -- backward masking: new weights for the frozen neurons --------------------------------------------------------
+        if len(self.norms) < len(self.buckets):
+            raise RuntimeError("call finish() before clip_grad_norm(): the gradients are not averages yet")
+        packet = torch.zeros(1 + len(scalars), dtype=torch.float64, device=self.device)
+        packet[0] = (torch.stack(self.norms).double() ** 2 * self.shares).sum()
+        for i, scalar in enumerate(scalars, 1):
+            packet[i] = scalar
+        dist.all_reduce(packet)
+        packet[0].sqrt_()
+        scale = (max_norm / (packet[0] + 1e-6)).clamp(max=1).to(self.dtype)
+        torch._foreach_mul_([run.param.grad for run in self.runs], scale)
+        self.norms = []
+        return packet
 
     @torch.no_grad()
     def refresh(self):
-        """Backward masking: asks for the weights that were updated elsewhere.  Forward masking: nothing to do.
+        """Backward masking: brings the new weights to those who run them frozen.  Forward masking: nothing to do."""
+        for exchange in self.exchanges:
+            self._begin(exchange)
+            self.arrive()
 
-        They arrive beside the next forward pass, in which each block waits for its own.  With NCCL all is waited for at once:
-        a collective of somebody else's could otherwise meet them in another order on another rank.
-        """
-        self.arrive()
-        with self._side_stream():
-            for root, group, pieces in reversed(self._refreshes):    # the first blocks will need theirs first
-                flat, views = self._bucket(pieces)
-                if self.rank == root:
-                    for piece, new in views:
-                        part = self._part(piece, lambda p: p.data)
-                        new.view(part.shape).copy_(part)
-                work = dist.broadcast(flat, root, group, async_op=not self._stream)
-                self._coming.append((work, flat, [(p, new) for p, new in views if not p.held]))
-                if self._stream:
-                    self.arrive()
-        self._join()
+    def _begin(self, exchange):
+        message = torch.cat([torch.empty(0, dtype=self.dtype, device=self.device), *exchange.sends])
+        new = message.new_empty(sum(exchange.get_sizes))
+        work = dist.all_to_all_single(new, message, exchange.get_sizes, exchange.send_sizes, async_op=True)
+        self._coming.append((work, message, new, exchange))          # keeps the message in memory until it has gone
 
     @torch.no_grad()
     def arrive(self, left=0):
-        """Waits for the weights asked for by `refresh`, until at most `left` messages are still to come."""
+        """Waits for refresh messages, the oldest first, until at most `left` are under way."""
         while len(self._coming) > left:
-            work, _, frozen = self._coming.pop(0)
-            if work:                                                 # None: the side stream keeps the order
-                work.wait()
-            for piece, new in frozen:
-                part = self._part(piece, lambda p: p.data)
-                part.copy_(new.view(part.shape))
+            work, _, new, exchange = self._coming.pop(0)
+            work.wait()
+            if exchange.gets:
+                torch._foreach_copy_(exchange.gets, new.split([weight.numel() for weight in exchange.gets]))
 
-    def _wait_in_forward(self):
-        """Lets every block wait for its frozen weights: the module, that is, which has all of a branch's parameters inside."""
-        paths = defaultdict(list)                                    # branch -> [path of a parameter's module, in parts]
+    def reset(self):
+        """Drops all gradients: after an exception in the backward pass, which all ranks must have had alike."""
+        self.norms = []
+        for p in [*self.params.values(), *(run.param for run in self.runs)]:
+            p.grad = None
+
+    def close(self):
+        """Ends the process groups that were made here, so that the module can be wrapped again.  Collective."""
+        self.arrive()
+        WRAPPED.discard(self.module)
+        dist.barrier()                                               # or gloo fails a rank that still connects to a group
+        for group in self.groups.values():
+            if group is not dist.group.WORLD and group is not dist.GroupMember.NON_GROUP_MEMBER:
+                dist.destroy_process_group(group)
+
+    # -- plans, which every rank makes alike from masks and layout ---------------------------------------------------
+
+    def _check(self):
+        if self.module in WRAPPED:
+            raise ValueError("the module is wrapped already: close() the first wrapper before you wrap it again")
         for local, slot in self.slots.items():
-            paths[self.layout[slot.full][0]].append(local.split(".")[:-1])
-        last = {}                                                    # path of a block -> the last message it needs
-        for i, (_, _, pieces) in enumerate(reversed(self._refreshes)):
-            for p in pieces:
-                if p.local and not p.held:
-                    last[".".join(os.path.commonprefix(paths[self.layout[p.full][0]]))] = i
-        if self._refreshes:        # what this worker only sends takes memory too: the last block that waits (or the model) waits for all
-            last[max(last, key=last.get, default="")] = len(self._refreshes) - 1
-        arrive = weakref.WeakMethod(self.arrive)
-        for path, i in last.items():
-            wait = lambda *_, left=len(self._refreshes) - 1 - i: arrive() and arrive()(left)
-            self.module.get_submodule(path).register_forward_pre_hook(wait)
+            p = self.params[local]
+            if p.dtype != self.dtype or p.device != self.device:
+                raise ValueError("all parameters must have one dtype and one device, since they share messages")
+            if p.requires_grad != slot.trains:
+                raise ValueError(f"{local} has requires_grad={p.requires_grad}, but this worker "
+                                 f"{'trains it: leave its runs out of the optimizer' if slot.trains else 'runs it frozen: use materialize()'}")
+            p.data = p.data.movedim(slot.dim or 0, 0).contiguous().movedim(0, slot.dim or 0) if p.dim() else p.data
+        # Overlapping groups communicate at the same time, each on a stream of its own.  That is safe if the GPU begins their
+        # kernels in the order in which the host issued them, which NCCL promises from 2.26 on, if this variable says so
+        if self.device.type == "cuda" and "nccl" in dist.get_backend_config():
+            if torch.cuda.nccl.version() < (2, 26) or os.environ.get("NCCL_LAUNCH_ORDER_IMPLICIT") != "1":
+                raise RuntimeError("overlapping NCCL groups can deadlock: this needs NCCL 2.26 or later, and the environment "
+                                   "variable NCCL_LAUNCH_ORDER_IMPLICIT=1 before init_process_group")
 
-    # -- between parameters and flat buffers -------------------------------------------------------------------------
+    def _count(self, holders):                                       # |H_j|
+        return len(holders) * self.world // self.n_subnets
 
-    def _part(self, piece, of):
-        """The piece as a view into this worker's weight or gradient; None if it has no such thing."""
-        tensor = piece.local and of(self.params[piece.local])
-        return tensor if tensor is None or piece.dim is None else tensor.narrow(piece.dim, piece.start, piece.length)
+    def _find_runs(self):
+        """All runs of the full model in forward order, with their place in this process's module."""
+        here = {(slot.name, slot.trains): local for local, slot in self.slots.items()}
+        memory = {local: flat(p.data, self.slots[local]) for local, p in self.params.items()}
+        end = Counter()                                              # of the runs found so far in each parameter
+        out = []
+        for name, holders, numel in runs_of(self.masks, self.layout):
+            trains = self.subnet in holders
+            local = here.get((name, trains))
+            param = None                                             # forward masking: frozen neurons are not here
+            if local is not None:
+                param = nn.Parameter(memory[local][end[local]:end[local] + numel], requires_grad=trains)
+                end[local] += numel
+            out.append(Run(name, holders, numel, local, param))
+        return out
 
-    def _bucket(self, pieces):
-        """A flat tensor, and pairs of a piece and its place in there."""
-        flat = torch.empty(sum(p.numel for p in pieces), dtype=self.dtype, device=self.device)
-        return flat, list(zip(pieces, flat.split([p.numel for p in pieces])))
+    def _bucket(self, holders, runs):
+        return Bucket(holders, runs, torch.tensor(1 / self._count(holders), dtype=self.dtype, device=self.device))
 
-    def _side_stream(self):
-        if not self._stream:
-            return nullcontext()
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        return torch.cuda.stream(self._stream)
+    def _plan_buckets(self, all_runs):
+        """This worker's buckets in the global order: here one for each holder set."""
+        return [self._bucket(holders, [run for run in self.runs if run.holders == holders])
+                for holders in self.groups if self.subnet in holders]
 
-    def _join(self):
-        if self._stream:
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+    def _plan_refresh(self, all_runs):
+        """Who sends whom new weights.  One exchange a branch, in forward order.
+
+        Ranks n S to n S + S-1 are a family: between them they hold all subnets.  Weights never leave the family, so on a
+        host with S devices they never leave the host.  Of the holders, the one with least to send so far sends.
+        """
+        family = self.rank - self.subnet
+        load = Counter()                                             # numbers that each subnet sends in an update
+        for run in all_runs:
+            for subnet in run.holders:
+                load[subnet] += run.numel * (2 - 2 / self._count(run.holders))
+        exchanges = []
+        for branch in self.masks:
+            sends = [[] for _ in range(self.world)]                  # runs' weights, for each rank
+            gets = [[] for _ in range(self.world)]                   # from each rank
+            for run in all_runs:
+                if self.layout[run.name][0] != branch:
+                    continue
+                for subnet in sorted(set(range(self.n_subnets)) - set(run.holders)):
+                    owner = min(run.holders, key=load.__getitem__)
+                    load[owner] += run.numel
+                    if self.subnet == owner:
+                        sends[family + subnet].append(run.param.data)
+                    elif self.subnet == subnet:
+                        gets[family + owner].append(run.param.data)
+            exchanges.append(Exchange(branch, sum(sends, []), [numels(runs) for runs in sends],
+                                      sum(gets, []), [numels(runs) for runs in gets]))
+        return exchanges
+
+    @property
+    def sent_bytes(self):
+        """What this worker sends in one update, in bytes."""
+        reduced = sum(numels(run.param for run in bucket.runs) * (2 - 2 / self._count(bucket.holders)) for bucket in self.buckets)
+        refreshed = sum(sum(exchange.send_sizes) for exchange in self.exchanges)
+        return reduced * self.wire_dtype.itemsize + refreshed * self.dtype.itemsize
 
     # -- the full model ----------------------------------------------------------------------------------------------
 
-    def run(self, worker, *inputs):
-        """Forward pass of worker `worker`, here always this process's; Simulation has the same method."""
-        return self.module(*inputs)
+    def cut(self, run, full):
+        """What belongs into run.param, or into its optimizer state, of a full tensor."""
+        slot = self.slots[run.local]
+        before = self.runs_in[run.local][:self.runs_in[run.local].index(run)]
+        return flat(cut(full, slot), slot)[numels(r.param for r in before):][:run.numel]
 
     @torch.no_grad()
-    def gather(self, tensors, under=""):
+    def gather(self, tensors=None, under=""):
         """Yields (full name, full tensor) of the full parameters whose names begin with `under`, one at a time.
 
-        tensors: {name in the subnetwork: tensor of the parameter's shape}: the weights, or optimizer state.  Collective:
-        all ranks must call it and exhaust it.  Every holder pastes its rows, the others have zero bytes there, and all
-        holders have the same bits, so the maximum over bytes is exactly those bits.
+        tensors: one for each of self.runs, in its shape: optimizer states or gradients; default the weights.  Collective:
+        all ranks must exhaust it.  Each holder pastes its rows, the others have zero bytes there.  All holders have the
+        same bits, so the maximum over bytes is exactly those bits.
         """
-        for full, (branch, dim, shape) in self.layout.items():
-            if not full.startswith(under):
+        tensors = tensors or [run.param for run in self.runs]
+        parts = defaultdict(list)                                    # full name -> its runs' tensors
+        for run, tensor in zip(self.runs, tensors):
+            parts[run.name].append(tensor.detach())
+        trained = {slot.name: slot for slot in self.slots.values() if slot.trains}
+        for name, (branch, dim, shape) in self.layout.items():
+            if not name.startswith(under):
                 continue
-            local = self._local.get((full, True))
             if branch is None:                                       # everybody has it
-                yield full, tensors[local].detach()
+                yield name, parts[name][0].view(shape)
                 continue
-            whole = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            if local:
-                slot = self.slots[local]
-                where = ... if dim is None else (slice(None),) * dim + (slot.rows.to(self.device),)
-                whole[where] = tensors[local]
-            dist.all_reduce(whole.view(torch.uint8), op=dist.ReduceOp.MAX)
-            yield full, whole
+            whole = torch.zeros(shape, dtype=tensors[0].dtype, device=self.device)
+            if name in trained:
+                slot = trained[name]
+                part = torch.cat(parts[name])
+                if dim is None:
+                    whole.copy_(part.view(shape))
+                else:
+                    rows = whole.movedim(dim, 0)                     # a view
+                    rows[slot.rows.to(self.device)] = part.view(len(slot.rows), *rows.shape[1:])
+            dist.all_reduce(whole.view(-1).view(torch.uint8), op=dist.ReduceOp.MAX)
+            yield name, whole
+
+
+class SubnetDataParallel(MaskedAllReduce):
+    """The same, but messages leave while the backward pass still runs, and refreshes arrive beside the next forward pass.
+
+    bucket_bytes: when the runs of some holder set have so many bytes, new buckets are begun.
+    reduce_dtype: of the gradients in messages; torch.bfloat16 halves the bytes.  Replicas stay bit-identical.
+    compile: torch.compile what is done with each message before and after it travels.
+    """
+
+    def __init__(self, module, masks, layout, backward=False, timeout=None, bucket_bytes=16 * 2**20, reduce_dtype=None,
+                 compile=False):
+        self.bucket_bytes = bucket_bytes
+        super().__init__(module, masks, layout, backward, timeout)
+        self.wire_dtype = reduce_dtype or self.dtype
+        # dynamic: compiled once, not once for each bucket's length
+        self._pack = torch.compile(pack, dynamic=True) if compile else pack
+        self._unpack = torch.compile(unpack, dynamic=True) if compile else unpack
+        self._buckets_of = defaultdict(list)                         # trained parameter -> numbers of its runs' buckets
+        for i, bucket in enumerate(self.buckets):
+            for run in bucket.runs:
+                self._buckets_of[run.local].append(i)
+        self._synchronise = True
+        self._restart()
+        self._hooks = [self.params[local].register_post_accumulate_grad_hook(partial(self._ready, local))
+                       for local in self.runs_in]
+        self._hook_arrivals()
+
+    def _plan_buckets(self, all_runs):
+        """This worker's buckets, in the order of sending.
+
+        Go through the runs in forward order, with one open bucket for each holder set.  When one is full, begin new ones of
+        all sets.  A run that would fill a bucket gets one of its own: it need not be packed.  The backward pass comes to the
+        runs in the opposite order, so the list is reversed.  Its last buckets are small, for little of the backward pass is
+        left to hide them: the first limit is a quarter of `bucket_bytes`.
+        """
+        buckets = []                                                 # (holders, runs) of all workers
+        opened = {}
+        filled = Counter()                                           # bytes in each open bucket
+        limit = self.bucket_bytes / 4
+        for run in all_runs:
+            if filled and max(filled.values()) >= limit:
+                limit = min(2 * limit, self.bucket_bytes)
+                opened = {}
+                filled = Counter()
+            nbytes = run.numel * self.dtype.itemsize
+            filled[run.holders] += nbytes
+            if nbytes >= self.bucket_bytes / 4:
+                buckets.append((run.holders, [run]))
+            else:
+                if run.holders not in opened:
+                    opened[run.holders] = []
+                    buckets.append((run.holders, opened[run.holders]))
+                opened[run.holders].append(run)
+        return [self._bucket(holders, runs) for holders, runs in reversed(buckets) if self.subnet in holders]
+
+    def _restart(self):
+        self.norms = []
+        self._taken = set()                                          # parameters whose gradient is complete
+        self._missing = [len(bucket.runs) for bucket in self.buckets]        # runs that each bucket waits for
+        self._next = 0                                               # the next bucket to send
+        self._flying = []                                            # messages under way
+
+    @contextmanager
+    def no_sync(self):
+        """Around all micro-steps of an update but the last one, whose backward pass synchronises the sum."""
+        self._synchronise = False
+        try:
+            yield
+        finally:
+            self._synchronise = True
 
     @torch.no_grad()
-    def check_replicas(self):
-        """Raises RuntimeError on every rank unless all holders of each piece of the weights have the same bits."""
+    def _ready(self, local, _=None):
+        """Autograd calls this when a parameter's gradient is complete.  Sends the buckets whose turn has come."""
+        if not self._synchronise:
+            return
+        if local in self._taken:
+            raise RuntimeError("a second backward pass before finish(): put all but the last one under no_sync()")
+        self._taken.add(local)
+        self._take_gradient(local)
+        for i in self._buckets_of[local]:
+            self._missing[i] -= 1
+        while self._next < len(self.buckets) and self._missing[self._next] == 0:
+            bucket = self.buckets[self._next]
+            grads = [run.param.grad for run in bucket.runs]
+            message = self._pack(torch.cat(grads) if len(grads) > 1 else grads[0], bucket.share, self.wire_dtype)
+            work = dist.all_reduce(message, group=self.groups[bucket.holders], async_op=True)
+            for run in bucket.runs:
+                run.param.grad = None                                # it is in the message: free its memory
+            self._flying.append((work, message, bucket))
+            self._next += 1
+
+    @torch.no_grad()
+    def finish(self):
+        """Makes every run's gradient the average over its holders.  Call it after the backward pass.
+
+        Raises RuntimeError if the forward pass has not waited for the frozen weights that `refresh` asked for.
+        """
+        if self._coming:
+            raise RuntimeError(f"weights of {self._coming[0][-1].branch} were used before they had arrived: the module around "
+                               f"that branch was never called as one; call arrive() before the forward pass")
+        for local in self.runs_in:
+            if local not in self._taken:
+                self._ready(local)                                   # it took no part in this loss
+        flying = self._flying
+        self._restart()
+        while flying:
+            work, message, bucket = flying.pop(0)
+            work.wait()                                              # on NCCL the stream waits, not the host
+            self._deal_out(bucket, *self._unpack(message, self.dtype))
+
+    @torch.no_grad()
+    def refresh(self):
+        """Backward masking: asks for the weights that were updated elsewhere.  Each branch waits for its own."""
         self.arrive()
-        # A rank without a piece leaves +2^62 and -2^62, which never win the minimum or the maximum
-        low = torch.full((sum(len(p) for _, p in self.buckets),), 2**62, dtype=torch.int64, device=self.device)
-        high, pieces = -low, [piece for _, pieces in self.buckets for piece in pieces]
-        for i, piece in enumerate(pieces):
-            part = self._part(piece, lambda p: p)
-            if part is not None:                                     # 62 bits of a sum in which position counts
-                total = 0
-                for j, some in enumerate(part.contiguous().view(torch.uint8).flatten().split(2**20)):
-                    total += (2 * j + 1) * int((some.long() * torch.arange(1, len(some) + 1, device=self.device)).sum())
-                low[i] = high[i] = total % 2**62
-        dist.all_reduce(low, op=dist.ReduceOp.MIN)
-        dist.all_reduce(high, op=dist.ReduceOp.MAX)
-        bad = [piece.full for piece, same in zip(pieces, (low == high).tolist()) if not same]
-        if bad:
-            raise RuntimeError(f"the holders of {bad[0]} (and {len(bad) - 1} other pieces) no longer agree")
+        for exchange in self.exchanges:
+            self._begin(exchange)
+
+    def _hook_arrivals(self):
+        """Lets each branch wait for its weights: the module, that is, which has all of its parameters inside."""
+        for i, exchange in enumerate(self.exchanges):
+            paths = [local.split(".")[:-1] for local, slot in self.slots.items() if self.layout[slot.name][0] == exchange.branch]
+            module = self.module.get_submodule(".".join(os.path.commonprefix(paths)))
+            self._hooks.append(module.register_forward_pre_hook(partial(self._wait, len(self.exchanges) - 1 - i)))
+
+    def _wait(self, left, *_):
+        self.arrive(left)
+
+    def reset(self):
+        """Drops all gradients: after an exception in the backward pass, which all ranks must have had alike."""
+        for work, *_ in self._flying:
+            work.wait()
+        self._restart()
+        super().reset()
+
+    def close(self):
+        """Removes the hooks and ends the process groups, so that the module can be wrapped again.  Collective."""
+        super().close()
+        for hook in self._hooks:
+            hook.remove()
+
+
+def pack(gradients, share, dtype):
+    """A bucket's gradients, 1-D, as they travel: 1/|H_j| * g_ij."""
+    if gradients.dtype == dtype:
+        return gradients.mul_(share)
+    return (gradients * share).to(dtype)
+
+
+def unpack(message, dtype):
+    """-> the averages that have arrived, 1-D, and their norm, which clipping needs."""
+    averages = message.to(dtype)
+    return averages, torch.linalg.vector_norm(averages)
+
+
+def numels(tensors):
+    return sum(tensor.numel() for tensor in tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -748,86 +984,17 @@ class SubnetDataParallel:
 def stream(sync, full, batches):
     """Runs the full model over `batches`, a list of inputs that it uses up, and yields the outputs.
 
-    full: the full model, its parameters on the meta device, with `stages()`: [(module path, function)].  Only one stage has
-    its weights in memory at a time, so that evaluation never needs the full model on a worker.  Collective, like `gather`.
+    full: the full model, its parameters on the meta device, with `stages()`: [(module path, function)].  Only one stage
+    has its weights in memory at a time, so evaluation never needs the full model on a worker.  Collective, like `gather`.
     """
+    last, _ = full.stages()[-1]
     for path, stage in full.stages():
-        for name, weight in sync.gather(sync.params, under=path + "."):
-            put(full, name, weight, False)                           # trains: autocast would keep a bf16 copy of every stage
-        if path != full.stages()[-1][0]:
+        for name, weight in sync.gather(under=path + "."):
+            put(full, name, nn.Parameter(weight, requires_grad=False))       # or autocast keeps a bf16 copy of each stage
+        if path == last:
+            yield from map(stage, batches)
+        else:
             for i, x in enumerate(batches):
                 batches[i] = stage(x)
-        else:
-            yield from map(stage, batches)
         for name, weight in full.get_submodule(path).named_parameters(path):
-            put(full, name, weight.to("meta"), False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Choosing masks: any rule with exactly k holders for every neuron would do; this one balances loads and mixes well
-# ---------------------------------------------------------------------------------------------------------------------
-
-def _balanced_sets(cost, size, subnets, held, seed):
-    """Gives each of n items (blocks, say) a set of exactly `held` subnets; at most `subnets` different sets.
-
-    cost [n, kinds], size [n] in neurons -> bool [n, subnets].  Simulated annealing on
-
-        largest load/mean over subnets and kinds  +  0.01 * mean square load  -  0.02 * spectral gap
-        +  10 * (connected components - 1)
-
-    The weights say what matters: connected first, then balance, then, worth at most 2 % of balance, the gap; the mean
-    square only shows the way where the largest load is flat.  No clock, no communication, and rounding before it
-    compares: every rank finds the same sets.
-    """
-    if not 1 <= held <= subnets:
-        raise ValueError(f"held must be from 1 to {subnets} (the number of subnets), not {held}")
-    rng = np.random.default_rng(seed)
-    cost = cost / cost.sum(0) * subnets / held                       # now a subnet's mean load is 1
-    # Items beyond the number of sets share one: dearest first, into the lightest bundle
-    bundle, bundles = np.zeros(len(cost), int), min(len(cost), subnets)
-    weight, neurons = np.zeros((bundles, cost.shape[1])), np.zeros(bundles)
-    for item in np.argsort(-cost.max(1), kind="stable"):
-        g = bundle[item] = (weight + cost[item]).max(1).argmin()
-        weight[g] += cost[item]
-        neurons[g] += size[item]
-    def energy(sets):
-        gap, components = spectral_gap(sets, neurons)
-        load = sets.T @ weight                                       # [subnets, kinds], mean 1
-        return round(load.max() + 0.01 * (load ** 2).mean() - 0.02 * gap + 10 * (components - 1), 9)
-
-    def start():
-        """Dearest bundle first, to the `held` subnets that carry least, equal ones by chance."""
-        sets, load = np.zeros((bundles, subnets), bool), np.zeros((subnets, cost.shape[1]))
-        for g in np.argsort(-weight.max(1), kind="stable"):
-            sets[g, np.argsort((load + weight[g]).max(1) + 1e-6 * rng.random(subnets))[:held]] = True
-            load += sets[g][:, None] * weight[g]
-        return sets
-
-    answer = best = None
-    for _ in range(4 if held < subnets else 1):                      # four times from another start: it can get stuck
-        sets = min((start() for _ in range(16)), key=energy)
-        now = energy(sets)
-        if best is None or now < best:
-            answer, best = sets, now
-        steps = int(1500 * min(1, (12 / subnets) ** 2)) if held < subnets else 0
-        for step, (pick, a, b, i, j, luck) in enumerate(rng.random((steps, 6))):
-            # Bundle a gives up holder i and takes j.  a != b: b does the reverse, so nobody's number of bundles changes;
-            # a = b: j is any subnet outside.  (All sets have `held` members, so `take` is empty only when `give` is)
-            a, b = int(a * bundles), int(b * bundles)
-            if pick < 0.3:
-                b = a
-            give = np.flatnonzero(sets[a] & ~sets[b] if a != b else sets[a])
-            take = np.flatnonzero(sets[b] & ~sets[a] if a != b else ~sets[a])
-            if not len(give):
-                continue
-            i, j = give[int(i * len(give))], take[int(j * len(take))]
-            trial = sets.copy()
-            trial[a, [i, j]] = False, True
-            if a != b:
-                trial[b, [i, j]] = True, False
-            new, temperature = energy(trial), 0.015 * (1 - step / steps)
-            if new <= now or luck < math.exp((now - new) / temperature):
-                sets, now = trial, new
-            if now < best:
-                answer, best = sets, now
-    return answer[bundle]
+            put(full, name, nn.Parameter(weight.to("meta"), requires_grad=False))
