@@ -360,6 +360,10 @@ class Design:
             model.get_parameter(local).requires_grad_(slot.trains)
         return model
 
+    def initial(self):
+        """value(full name) -> the full parameter at the start of a run."""
+        return sdp.fresh(self.layout, partial(self.family.module.init, self.config), self.args.seed)
+
     def wrap(self, module):
         """Makes this rank's model, which has its weights, ready to be trained as --parallel says."""
         wire = torch.bfloat16 if self.args.reduce_dtype == "bf16" else None
@@ -370,15 +374,13 @@ class Design:
                                       reduce_dtype=wire, compile=self.args.compile)
 
 
-def build(design, device, workers=None, checkpoint=None):
+def build(design, device, workers, checkpoint):
     """This process's worker, or without torchrun all of them, with the checkpoint's weights or new ones."""
-    value = sdp.fresh(design.layout, partial(design.family.module.init, design.config), design.args.seed)
-    if checkpoint:
-        value = checkpoint["model"].__getitem__
-    if not dist.is_initialized():
+    value = checkpoint["model"].__getitem__ if checkpoint else design.initial()
+    if not DISTRIBUTED:
         modules = [design.model(subnet) for subnet in range(design.n_subnets)]
         return sdp.Simulation(modules, design.masks, design.layout, value, workers, device)
-    subnet = dist.get_rank() % design.n_subnets
+    subnet = RANK % design.n_subnets
     module = sdp.materialize(design.model(subnet), design.masks, design.layout, subnet, value, device)
     sync = design.wrap(module)
     if design.args.compile:
@@ -837,7 +839,7 @@ def agree(mine):
         dist.all_gather_object(ranks, mine)
     for rank, its in enumerate(ranks):
         for name, value in its.items():
-            if value != ranks[0][name]:
+            if str(value) != str(ranks[0][name]):                    # nan is not nan
                 raise UserError(f"rank {rank} has {name} {value}, but rank 0 has {ranks[0][name]}: start all "
                                 f"ranks with the same command, code and data")
 

@@ -9,12 +9,14 @@ memory is its own.  The rows are appended to experiments/results/bench.jsonl.
 """
 
 import gc
+import os
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")                      # torch.profiler has much to say
 import torch
 import torch.distributed as dist
 
