@@ -201,14 +201,15 @@ def load_text(name, batch_size, seq_len, seed):
     if len(vocab_sizes) > 1:
         raise UserError(f"the shards of {name} have different vocabularies: {sorted(vocab_sizes)}")
     splits = {split: [tokens for tokens, _ in shards[split]] for split in shards}
-    validation = ", ".join(map(str, paths["val"]))
-    if not splits["val"]:
+    if not splits["val"]:                                  # the last tenth of the last file
         last = splits["train"].pop()
         edge = len(last) * 9 // 10
         splits["train"].append(Shard(last.path, 0, edge))
         splits["val"].append(Shard(last.path, edge, len(last)))
-        validation = f"the last tenth of {last.path}"
-    return Tokens(splits, vocab_sizes.pop(), batch_size, seq_len, seed, validation)
+    dataset = Tokens(splits, vocab_sizes.pop(), batch_size, seq_len, seed)
+    used = dataset.splits["val"][0]
+    dataset.validation = f"the last tenth of {used.path}" if used.start else str(used.path)
+    return dataset
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -456,9 +457,9 @@ def tokens_of(file, vocab_size):
             text = rest + piece
             words = re.match(r"(?s).*\S(?=[ \n])", text)   # no token of GPT-2 reaches over a word's end
             edge = words.end() if words else len(text)
-            yield np.array(encoding.encode_ordinary(text[:edge]))
+            yield np.array(encoding.encode_ordinary(text[:edge]), np.uint16)
             rest = text[edge:]
-    yield np.array(encoding.encode_ordinary(rest))
+    yield np.array(encoding.encode_ordinary(rest), np.uint16)
     if bad:
         print(f"{file}: {bad / characters:.3%} of the characters are not UTF-8 text")
 
