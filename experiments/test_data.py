@@ -837,7 +837,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, capsys):
     (tmp_path / "a").write_bytes(bytes(200_000))
     old = text_bin(tmp_path, "out_train").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in 250_000, 370_000:                         # of a file: half of the tokens; nine tenths of them
+    for limit in 250_000, 370_000:                         # bytes a file: half of the tokens; nine tenths
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             code, out, error = command(monkeypatch, capsys, "text", tmp_path / "a", "--out", tmp_path / "out")
