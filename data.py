@@ -56,7 +56,7 @@ def seeded(*what):
 
 
 def fingerprint(arrays):
-    """-> hexadecimal digest of the contents: each array's size, and 64 windows of 1024 rows spread over it."""
+    """-> hexadecimal digest of contents: each array's size, and 64 windows of 1024 rows all over it."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{len(array)} ".encode())
@@ -131,7 +131,7 @@ class Tokens:
             if have < need:
                 raise UserError(f"the {split} data has {have} tokens, too short for one batch, which needs "
                                 f"{need}: use a smaller --batch-size or --seq-len, or more text")
-        # A shard shorter than a sequence is of no use.  Validation reads windows all over the first of the others
+        # Shards shorter than a sequence are left out.  Validation reads windows over the first that stays
         self.splits = {split: [t for t in shards if len(t) > seq_len] for split, shards in splits.items()}
         self.val_count = min(VAL_SEQUENCES, (len(self.splits["val"][0]) - 1) // seq_len)
         self.vocab_size, self.batch_size, self.seq_len, self.seed = vocab_size, batch_size, seq_len, seed
@@ -201,14 +201,15 @@ def load_text(name, batch_size, seq_len, seed):
     if len(vocab_sizes) > 1:
         raise UserError(f"the shards of {name} have different vocabularies: {sorted(vocab_sizes)}")
     splits = {split: [tokens for tokens, _ in shards[split]] for split in shards}
-    validation = ", ".join(map(str, paths["val"]))
-    if not splits["val"]:
+    if not splits["val"]:                                  # the last tenth of the last file
         last = splits["train"].pop()
         edge = len(last) * 9 // 10
         splits["train"].append(Shard(last.path, 0, edge))
         splits["val"].append(Shard(last.path, edge, len(last)))
-        validation = f"the last tenth of {last.path}"
-    return Tokens(splits, vocab_sizes.pop(), batch_size, seq_len, seed, validation)
+    dataset = Tokens(splits, vocab_sizes.pop(), batch_size, seq_len, seed)
+    used = dataset.splits["val"][0]
+    dataset.validation = f"the last tenth of {used.path}" if used.start else str(used.path)
+    return dataset
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ def shift_and_mirror(x, rng, most=4):
 
 
 def cifar(name, train):
-    """-> uint8 [N, 3, 32, 32], labels int64 [N].  Fetches them, unless they are in FOLDER by their checksums."""
+    """-> uint8 [N, 3, 32, 32], labels int64 [N].  Fetched unless they are in FOLDER, by their checksums."""
     from torchvision.datasets import CIFAR10, CIFAR100     # here, as text needs no torchvision
     kind = CIFAR10 if name == "cifar10" else CIFAR100
     try:
@@ -379,7 +380,7 @@ def receive(url, part):
 
 
 def fetch(url, path):
-    """Fetches a shard of FineWeb, going on where a transfer broke off; `path` appears when whole and checked."""
+    """Fetches a shard of FineWeb, going on where a transfer broke off; `path` appears whole and checked."""
     check_address(url)
     part = Path(f"{path}.part")
     for pause in 0.1, 0.2, 0.4, 0.8, 0:                    # five tries
@@ -456,9 +457,9 @@ def tokens_of(file, vocab_size):
             text = rest + piece
             words = re.match(r"(?s).*\S(?=[ \n])", text)   # no token of GPT-2 reaches over a word's end
             edge = words.end() if words else len(text)
-            yield np.array(encoding.encode_ordinary(text[:edge]))
+            yield np.array(encoding.encode_ordinary(text[:edge]), np.uint16)
             rest = text[edge:]
-    yield np.array(encoding.encode_ordinary(rest))
+    yield np.array(encoding.encode_ordinary(rest), np.uint16)
     if bad:
         print(f"{file}: {bad / characters:.3%} of the characters are not UTF-8 text")
 
@@ -513,20 +514,16 @@ def run_program(main, quiet=False):
         main()
         print(end="", flush=True)                          # a closed or full standard output shows here
         return 0
-    except KeyboardInterrupt:
-        code, said = 130, "interrupted"
-    except (UserError, OSError) as e:
-        code, said = 2, e
-    except (MemoryError, torch.OutOfMemoryError) as e:
-        code, said = 2, f"out of memory: {e}"
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as e:
+        if os.environ.get("SDP_TRACEBACK"):
+            traceback.print_exc()
+        if not quiet:
+            print("error:", " ".join(str(e).split()) or type(e).__name__, file=sys.stderr)
+        code = 130 if isinstance(e, KeyboardInterrupt) else 2
     try:
         print(end="", flush=True)
-    except OSError:                                        # Python would try once more when it ends, and complain
+    except OSError:                                        # Python would try again at its end, and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if os.environ.get("SDP_TRACEBACK"):
-        traceback.print_exc()
-    if not quiet:
-        print("error:", " ".join(str(said).split()), file=sys.stderr)
     return code
 
 
