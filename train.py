@@ -243,8 +243,8 @@ def train(args, device, checkpoint):
             skipped += 1
             in_a_row += 1
             if in_a_row == 10:
-                raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {now}: go on "
-                                f"from the last checkpoint with --resume and a smaller --lr")
+                raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {now}: go "
+                                f"on from the last checkpoint with --resume and a smaller --lr")
         optimizer.zero_grad()
         sync.refresh()                                               # backward masking: new frozen weights
         flops_done += flops * args.grad_accum

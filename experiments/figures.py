@@ -1,5 +1,7 @@
 """
-Draws the figures of the README into figures/ from the files in results/ (needs matplotlib):  python experiments/figures.py
+Draws the figures of the README into figures/ from the files in results/ (needs matplotlib).
+
+    python experiments/figures.py
 """
 
 import json
@@ -41,10 +43,15 @@ def masks():
 
 def memory():
     """What one worker of llama-1b has in memory at the peak, by --plan."""
-    rows = [r for r in json.loads((HERE / "results/plan_llama-1b.json").read_text()) if " at " not in r["variant"]]
+    rows = [
+        r for r in json.loads((HERE / "results/plan_llama-1b.json").read_text()) if " at " not in r["variant"]
+    ]
     fig, axis = plt.subplots(figsize=(9, 3.4))
     left = np.zeros(len(rows))
-    for kind, colour in zip(("parameters", "gradients", "optimizer", "activations", "temporary"), ("#08306b", "#2171b5", "#6baed6", "#fdae6b", "#d9d9d9")):
+    for kind, colour in zip(
+        ("parameters", "gradients", "optimizer", "activations", "temporary"),
+        ("#08306b", "#2171b5", "#6baed6", "#fdae6b", "#d9d9d9"),
+    ):
         width = np.array([r["memory"][kind] / 1e9 for r in rows])
         axis.barh([r["variant"] for r in rows], width, left=left, color=colour, label=kind)
         left += width
@@ -65,13 +72,28 @@ def timeline():
     fig, axes = plt.subplots(len(settings), 1, figsize=(9, 4))
     for axis, (setting, variants) in zip(axes, settings.items()):
         for i, (name, t) in enumerate(variants.items()):
-            axis.barh(i - 0.18, t["backward_ms"], height=0.34, color="#08306b", label="backward" if i == 0 else None)
+            axis.barh(
+                i - 0.18, t["backward_ms"], height=0.34, color="#08306b", label="backward" if i == 0 else None
+            )
             for j, (begin, end) in enumerate(t["all_reduces_ms"]):
-                axis.barh(i + 0.18, end - begin, left=begin, height=0.34, color="#fd8d3c", alpha=0.55, edgecolor="white",
-                          linewidth=0.4, label="all-reduces" if i == j == 0 else None)
+                axis.barh(
+                    i + 0.18,
+                    end - begin,
+                    left=begin,
+                    height=0.34,
+                    color="#fd8d3c",
+                    alpha=0.55,
+                    edgecolor="white",
+                    linewidth=0.4,
+                    label="all-reduces" if i == j == 0 else None,
+                )
         axis.set_yticks(range(len(variants)), list(variants), fontsize=9)
         axis.invert_yaxis()
-        axis.set_title({"compute": "512 tokens a worker", "communication": "64 tokens a worker"}[setting], fontsize=10, loc="left")
+        axis.set_title(
+            {"compute": "512 tokens a worker", "communication": "64 tokens a worker"}[setting],
+            fontsize=10,
+            loc="left",
+        )
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(0)
     axes[0].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncol=2)

@@ -1,16 +1,18 @@
 """
-What will a worker need?  Memory, FLOPs and bytes of every variant, on fake tensors: trains nothing, needs no GPU.
+What will a worker need?  Memory, FLOPs and bytes of every variant, on fake tensors; no GPU is needed.
 
     python experiments/plan.py --model llama-1b --subnets 8
 
-One update of each variant runs on tensors that are mere shapes, under torch's fake process group, and torch's memory
-tracker looks on.  Each figure is that of the worker with most.  The rows are appended to experiments/results/plan.jsonl.
+One update of each variant runs on tensors that are mere shapes, under torch's fake process group, and torch's
+memory tracker looks on.  Each figure is that of the worker with most.  The rows are appended to
+experiments/results/plan.jsonl.
 """
 
 import argparse
 import json
 import sys
 import time
+import warnings
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -43,7 +45,7 @@ VARIANTS = {                                                         # name -> t
     "ddp-zero1": dict(parallel="ddp", zero1=True),                   # optimizer state is dealt out
     "ddp-checkpoint": dict(parallel="ddp", checkpoint_activations=True),
     "fsdp": dict(parallel="fsdp"),
-    "fsdp-zero2": dict(parallel="fsdp-zero2"),                       # keeps the gathered weights until the backward pass
+    "fsdp-zero2": dict(parallel="fsdp-zero2"),  # keeps the gathered weights until the backward pass
     "sdp at coverage 1": dict(parallel="sdp", masking="forward", full=True),
     "sdp-forward-block": dict(parallel="sdp", masking="forward", level="block"),
     "sdp-forward-neuron": dict(parallel="sdp", masking="forward", level="neuron"),
@@ -56,7 +58,12 @@ def flags(description, results):
     """The flags that plan.py and bench.py share."""
     p = train.shared_flags(description)
     p.set_defaults(parallel="sdp", masking="forward", steps=None, eval_every=None, zero1=False)
-    p.add_argument("--results", type=Path, default=HERE / "results" / results, help="rows are appended there [%(default)s]")
+    p.add_argument(
+        "--results",
+        type=Path,
+        default=HERE / "results" / results,
+        help="rows are appended there [%(default)s]",
+    )
     return p
 
 
@@ -82,10 +89,10 @@ def designs(args, config):
 class Sharded:
     """FSDP2 with the interface of sdp.SubnetDataParallel as far as it is needed here.
 
-    Each block is a group of its own, and so are what lies before the blocks and what lies behind them.  bf16: weights
-    are gathered and gradients reduced in bfloat16.  reshard: a block's gathered weights are freed after its forward
-    pass and gathered once more for the backward pass (ZeRO-3); otherwise they stay (ZeRO-2).  Gradients are reduced
-    in every micro-step, as they do not fit whole.
+    Each block is a group of its own, and so are what lies before the blocks and what lies behind them.
+    bf16: weights are gathered and gradients reduced in bfloat16.  reshard: a block's gathered weights are
+    freed after its forward pass and gathered once more for the backward pass (ZeRO-3); otherwise they stay
+    (ZeRO-2).  Gradients are reduced in every micro-step, as they do not fit whole.
     """
 
     no_sync = nullcontext
@@ -102,7 +109,9 @@ class Sharded:
         for group in (before, *([path] for path in blocks), behind):
             modules = [model.get_submodule(path) for path in group]
             # What lies behind the blocks is needed again at once: to free it would only cost a message
-            fully_shard(modules, mesh=mesh, reshard_after_forward=reshard and group != behind, mp_policy=policy)
+            fully_shard(
+                modules, mesh=mesh, reshard_after_forward=reshard and group != behind, mp_policy=policy
+            )
         fully_shard(model, mesh=mesh, mp_policy=policy)
         self.runs = [train.Whole(name, p) for name, p in model.named_parameters()]
 
@@ -120,8 +129,11 @@ class Sharded:
 
 
 class SentBytes(TorchDispatchMode):
-    """Counts what this worker sends in the collectives issued inside, each done by an optimal (ring) algorithm: among
-    n workers (n-1)/n of a tensor's bytes, twice that for an all-reduce.  Packets of a few numbers are not counted."""
+    """Counts what this worker sends in the collectives issued inside, each by an optimal (ring) algorithm.
+
+    Among n workers that is (n-1)/n of a tensor's bytes, and twice that for an all-reduce.  Packets of a few
+    numbers are not counted.
+    """
 
     TIMES = {torch.ops.c10d.allreduce_.default: 2, torch.ops.c10d.broadcast_.default: 1,
              torch.ops.c10d._allgather_base_.default: 1, torch.ops.c10d._reduce_scatter_base_.default: 1}
@@ -133,14 +145,16 @@ class SentBytes(TorchDispatchMode):
             size = CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)
             n = CollectiveOp.get_process_group(func, args).size()
             self.total += self.TIMES[func] * size * (n - 1) / n if size > 64 else 0
-        elif func is torch.ops.c10d.alltoall_base_.default:          # (what comes, what goes, ...); nothing to itself
+        elif func is torch.ops.c10d.alltoall_base_.default:  # (what comes, what goes, ...); nothing to itself
             self.total += args[1].nbytes
         return result
 
 
 class Tracker(MemTracker):
-    """torch's memory tracker, but for models with frozen parameters too, and without its hooks on modules: they take
-    most of the time, and leave cycles of references in which a model lives for ever."""
+    """torch's memory tracker, but for models with frozen parameters too, and without its hooks on modules.
+
+    They take most of the time, and leave cycles of references in which a model lives for ever.
+    """
 
     class NoModules(ModTracker):
         def __enter__(self):
@@ -163,7 +177,7 @@ class Tracker(MemTracker):
 
 @contextmanager
 def alone(rank, world):
-    """Makes this process worker `rank` of `world` without the others: a fake process group takes every message."""
+    """Makes this process worker `rank` of `world` without the others: a fake group takes every message."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         yield
@@ -192,7 +206,7 @@ def done(tensor):
 # -- One update of one worker --------------------------------------------------------------------------------
 
 def fake_model(design, rank, device, fake):
-    """The model of a worker, as fake tensors on the device.  (Masks are real, so only weights are made in fake mode.)"""
+    """The model of a worker, as fake tensors on the device.  Masks are real, only weights are fake."""
     def value(name):
         with fake:
             return torch.empty(design.layout[name][2], device=device)
@@ -210,7 +224,9 @@ def wrap(design, module, fake=nullcontext()):
     elif args.parallel == "ddp":
         with fake:
             alone_here = dist.get_backend() == "fake"
-            sync = train.DataParallel(module, torch.bfloat16 if args.reduce_dtype == "bf16" and not alone_here else None)
+            sync = train.DataParallel(
+                module, torch.bfloat16 if args.reduce_dtype == "bf16" and not alone_here else None
+            )
             if alone_here:
                 hook = bf16_hook_without_peers if args.reduce_dtype == "bf16" else hook_without_peers
                 sync.module.register_comm_hook(None, hook)
@@ -253,9 +269,11 @@ def update(sync, optimizer, dataset, design, autocast):
 def first_update(design, module, dataset, fake=nullcontext()):
     """Wraps a worker's model and runs one update (two with backward masking) under torch's memory tracker.
 
-    -> sync, optimizer, {"parameters": bytes, ..., "peak": bytes} at the moment of the peak, bytes sent.  Inside a
-    FakeTensorMode the tensors are mere shapes, and nothing is computed.
+    -> sync, optimizer, {"parameters": bytes, ..., "peak": bytes} at the moment of the peak, bytes sent.
+    Inside a FakeTensorMode the tensors are mere shapes, and nothing is computed.
     """
+    # the tracker, of an empty state
+    warnings.filterwarnings("ignore", message="Expected a tensor or a traceable")
     tracker, sent = Tracker(), SentBytes()
     device = next(module.parameters()).device
 
@@ -269,11 +287,13 @@ def first_update(design, module, dataset, fake=nullcontext()):
         with fake:
             for run in sync.runs:
                 run.param.grad = torch.zeros_like(run.param)
-            optimizer.step()                                         # an optimizer makes its state in its first step
+            optimizer.step()  # an optimizer makes its state in its first step
             optimizer.zero_grad()
-            tracker.track_external(sync.module, getattr(optimizer, "optim", optimizer))      # which tensors are what
-    buckets = snapshot("current")["Activation"] if design.args.parallel == "ddp" else 0      # what is left is DDP's buckets
-    updates = 2 if design.backward else 1                            # what the first one refreshes arrives in the second
+            # which tensors are what
+            tracker.track_external(sync.module, getattr(optimizer, "optim", optimizer))
+    # what is left is DDP's buckets
+    buckets = snapshot("current")["Activation"] if design.args.parallel == "ddp" else 0
+    updates = 2 if design.backward else 1  # what the first one refreshes arrives in the second
     with fake, tracker, sent:                                        # the peak is counted from here
         tracker._track_module_params_and_buffers(sync.module)        # and gradients are known as such
         for _ in range(updates):
@@ -298,8 +318,10 @@ def sends(design, world):
 
 
 def largest(design, world):
-    """Workers that can need most of something: those with most bytes, FLOPs, activations, or bytes and activations
-    together, or, as what backward masking refreshes takes memory, with most to send."""
+    """Workers that can need most of something: bytes, FLOPs, activations, or bytes and activations together.
+
+    And, as what backward masking refreshes takes memory, the one with most to send.
+    """
     if design.n_subnets == 1:
         return [0]
     load = sdp.loads(design.masks, design.branches)                  # [subnets, (bytes, FLOPs, activations)]
@@ -311,7 +333,7 @@ def largest(design, world):
 
 
 def size_of(design, world, batch):
-    """"params" and "flops" of a row: number of parameters, and FLOPs of one update, of the worker with most."""
+    """-> params and flops of a row: number of parameters, and FLOPs of an update, of the worker with most."""
     models = [design.model(subnet) for subnet in range(design.n_subnets)]
     params = max(sum(p.numel() for p in model.parameters()) for model in models)
     if design.args.parallel.startswith("fsdp"):
@@ -327,7 +349,7 @@ def communicators(sync):
 
 
 def planned(name, design, world, batch, device):
-    """A row.  Each figure is that of the worker with most; `memory` that of the worker with the highest peak."""
+    """A row.  Each figure is of the worker with most; `memory` is of the worker with the highest peak."""
     row = {"variant": name, **size_of(design, world, batch), "communicators": 0}
     memories = []
     for rank in largest(design, world):
@@ -349,7 +371,7 @@ def peak_of(memory):
 
 
 def shapes(args):
-    """-> the model's sizes, and a batch on the meta device.  Without --data the vocabulary is LLaMA's, 32,000."""
+    """-> the model's sizes, and a batch on the meta device.  Without --data the vocabulary has 32,000."""
     given = args.data
     train.settle(args, {})
     family = train.FAMILIES[args.model]
@@ -394,12 +416,18 @@ def say_rows(rows):
 
     first = rows[0]
     times = f"{'step, ms (range)':>31}" if "step_ms" in first else f"{'communicators':>16}"
-    say(f"\n  {'one worker, one update':24}" + "".join(f"{name:>16}" for name in ("params", "FLOPs", "peak, B", "sent, B")) + times)
+    say(
+        f"\n  {'one worker, one update':24}"
+        + "".join(f"{name:>16}" for name in ("params", "FLOPs", "peak, B", "sent, B"))
+        + times
+    )
     for row in rows:
         cells = "".join(f"{si(x):>10}{x / max(1, ddp):>6.0%}" for x, ddp in zip(figures(row), figures(first)))
         if "step_ms" in row:
             low, high = row["step_ms_range"]
-            cells += f"{row['step_ms']:10.0f} ({low:.0f} - {high:.0f})".ljust(24) + f"{row['step_ratio']:7.1%}"
+            cells += (
+                f"{row['step_ms']:10.0f} ({low:.0f} - {high:.0f})".ljust(24) + f"{row['step_ratio']:7.1%}"
+            )
         else:
             cells += f"{row['communicators']:16}"
         say(f"  {row['variant']:24}{cells}")
@@ -414,8 +442,10 @@ def main(argv=None):
     device, _ = train.pick_device(args.device)
     config, batch = shapes(args)
     world, all_designs = args.subnets, designs(args, config)
-    say(f"{args.model}, {world} workers, {args.subnets} subnetworks, coverage {args.coverage}, batch {args.batch_size} a worker, "
-        f"{device.type}, {args.dtype}; who holds what at {args.level} level (subnets across):\n")
+    say(
+        f"{args.model}, {world} workers, {args.subnets} subnets, coverage {args.coverage}, batch {args.batch_size}, "
+        f"{device.type}, {args.dtype}; who holds what at {args.level} level (subnets across):\n"
+    )
     train.describe_masks(all_designs[f"sdp-forward-{args.level}"])
     for held in range(1, args.subnets + 1):
         coverage = f"{held}/{args.subnets}"
@@ -425,7 +455,12 @@ def main(argv=None):
     for name, design in all_designs.items():
         rows.append(planned(name, design, world, batch, device))
         left = (time.monotonic() - since) / len(rows) * (len(all_designs) - len(rows))
-        print(f"  {len(rows)} of {len(all_designs)} variants, {left / 60:.1f} min left", end="\r", file=sys.stderr, flush=True)
+        print(
+            f"  {len(rows)} of {len(all_designs)} variants, {left / 60:.1f} min left",
+            end="\r",
+            file=sys.stderr,
+            flush=True,
+        )
     say()
     say_rows([row for row in rows if "at " not in row["variant"] or row["variant"] == "sdp at coverage 1"])
 
@@ -437,7 +472,9 @@ def main(argv=None):
         say(f"  {coverage}: {si(peak)}B, {saved[coverage]:4.0%} less than ddp")
     for wanted in 0.28, 0.60:
         enough = [coverage for coverage, part in saved.items() if part >= wanted]
-        where = f"at coverage {enough[-1]} or below" if enough else "at none; what all workers hold is too much"
+        where = (
+            f"at coverage {enough[-1]} or below" if enough else "at none; what all workers hold is too much"
+        )
         say(f"  {wanted:.0%} less: {where}")
     append(args.results, args, rows)
 

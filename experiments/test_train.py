@@ -41,15 +41,17 @@ import sdp
 import train
 
 torch.set_num_threads(1)
-with warnings.catch_warnings():                                      # pytest wants marks listed in a file of its own
+with warnings.catch_warnings():  # pytest wants marks listed in a file of its own
     warnings.simplefilter("ignore")
     slow = pytest.mark.slow
-only_when_asked = pytest.mark.skipif("slow" not in sys.argv, reason="takes many minutes: python -m pytest -m slow")
+only_when_asked = pytest.mark.skipif(
+    "slow" not in sys.argv, reason="takes many minutes: python -m pytest -m slow"
+)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-train.sample.__defaults__ = (10,)                                    # tokens, where 200 would take most of the time
+train.sample.__defaults__ = (10,)  # tokens, where 200 would take most of the time
 
 
-# -- Ways to run train.py --------------------------------------------------------------------------------------------
+# -- Ways to run train.py --------------------------------------------------------------------------
 
 def _worker(pipe):
     """A process of the pool: does what it is sent, as a rank of a process group over gloo."""
@@ -70,13 +72,13 @@ def _worker(pipe):
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-            gc.collect()                                             # groups live on in cycles, each with its threads
+            gc.collect()  # groups live on in cycles, each with its threads
         pipe.send_bytes(pickle.dumps(result))
 
 
 @pytest.fixture(scope="session")
 def run_on():
-    """run_on(world, function, *args) -> [function's result on rank 0, on rank 1, ...], in processes started once"""
+    """run_on(world, function, *args) -> [function's result on rank 0, ...], in processes started once"""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_train"])
     pipes = []
@@ -103,7 +105,12 @@ def train_on_pool(arguments, prepare=None):
 
     prepare() changes something there, and returns what undoes it.
     """
-    train.DISTRIBUTED, train.RANK, train.WORLD, train.STOP = True, dist.get_rank(), dist.get_world_size(), False
+    train.DISTRIBUTED, train.RANK, train.WORLD, train.STOP = (
+        True,
+        dist.get_rank(),
+        dist.get_world_size(),
+        False,
+    )
     train.start_processes, train.say = a_cpu, be_silent
     here = os.getcwd()
     undo = prepare() if prepare else None
@@ -126,25 +133,45 @@ def be_silent(*_):
 
 
 def torchrun(ranks, arguments, code=0, timeout=150, script="train.py", **environment):
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-                          script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                         env={**ENVIRONMENT, **environment})
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            script,
+            *arguments,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**ENVIRONMENT, **environment},
+    )
     assert (run.returncode == 0) == (code == 0), run.stdout + run.stderr
     return run.stdout, run.stderr
 
 
 def python(arguments, before="", **environment):
     """train.py as a program of its own, with `before` executed after its import."""
-    program = f"import sys; sys.argv = ['train.py', *sys.argv[1:]]\nimport data, train\n{before}\ntrain.run(train.main)"
-    return subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, timeout=150,
-                          env={**ENVIRONMENT, **environment})
+    program = f"import sys, data, train\nsys.argv[0] = 'train.py'\n{before}\ntrain.run(train.main)"
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=150,
+        env={**ENVIRONMENT, **environment},
+    )
 
 
 def text_bin(folder, name="text", count=6000, vocab=256):
     """Words of three tokens, so that there is something to learn."""
     rng = np.random.default_rng(0)
     words = rng.integers(min(vocab, 100), size=(20, 3))
-    data.write_bin(folder / f"{name}.bin", words[rng.integers(20, size=count // 3 + 1)].flatten()[:count], vocab)
+    data.write_bin(
+        folder / f"{name}.bin", words[rng.integers(20, size=count // 3 + 1)].flatten()[:count], vocab
+    )
     return str(folder / f"{name}.bin")
 
 
@@ -152,13 +179,51 @@ def flags(folder, *more, out="out", steps=6):
     text = folder / "text.bin"
     if not text.exists():
         text_bin(folder)
-    return ["--data", str(text), "--batch-size", "2", "--seq-len", "12", "--steps", str(steps), "--save-every", "3",
-            "--eval-every", "4", "--log-every", "1", "--out-dir", str(folder / out), "--device", "cpu", *map(str, more)]
+    return [
+        "--data",
+        str(text),
+        "--batch-size",
+        "2",
+        "--seq-len",
+        "12",
+        "--steps",
+        str(steps),
+        "--save-every",
+        "3",
+        "--eval-every",
+        "4",
+        "--log-every",
+        "1",
+        "--out-dir",
+        str(folder / out),
+        "--device",
+        "cpu",
+        *map(str, more),
+    ]
 
 
 def image_flags(folder, *more, out="out", steps=6):
-    return ["--model", "resnet18", "--data", "shapes", "--batch-size", "4", "--steps", str(steps), "--save-every", "3",
-            "--eval-every", "4", "--log-every", "1", "--out-dir", str(folder / out), "--device", "cpu", *map(str, more)]
+    return [
+        "--model",
+        "resnet18",
+        "--data",
+        "shapes",
+        "--batch-size",
+        "4",
+        "--steps",
+        str(steps),
+        "--save-every",
+        "3",
+        "--eval-every",
+        "4",
+        "--log-every",
+        "1",
+        "--out-dir",
+        str(folder / out),
+        "--device",
+        "cpu",
+        *map(str, more),
+    ]
 
 
 def metrics(folder, out="out"):
@@ -171,9 +236,16 @@ def load(folder, out="out", name="ckpt.pt"):
 
 def same_checkpoint(a, b):
     a, b = (torch.load(folder / "ckpt.pt", weights_only=True) for folder in (a, b))
-    return a["step"] == b["step"] and all(torch.equal(w, b["model"][n]) for n, w in a["model"].items()) and all(
-        torch.equal(value, b["optimizer"][n][key]) for n, state in a["optimizer"].items() for key, value in state.items()
-        if torch.is_tensor(value))
+    return (
+        a["step"] == b["step"]
+        and all(torch.equal(w, b["model"][n]) for n, w in a["model"].items())
+        and all(
+            torch.equal(value, b["optimizer"][n][key])
+            for n, state in a["optimizer"].items()
+            for key, value in state.items()
+            if torch.is_tensor(value)
+        )
+    )
 
 
 def refused(folder, message, *arguments, out="out"):
@@ -200,7 +272,9 @@ def small_images(monkeypatch, tmp_path):
     monkeypatch.setitem(resnet.PRESETS, "resnet18", None)
     exec(SMALL_IMAGES, {})
     script = tmp_path / "small.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SMALL_IMAGES}\ntrain.main(sys.argv[1:])")
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SMALL_IMAGES}\ntrain.main(sys.argv[1:])"
+    )
     return str(script)
 
 
@@ -213,18 +287,23 @@ def small_images_on_pool():
     return undo
 
 
-# -- What a run computes and writes ----------------------------------------------------------------------------------
+# -- What a run computes and writes ----------------------------------------------------------------
 
 def test_checkpoint_is_an_ordinary_llama(tmp_path, capsys):
-    """transformers loads it unchanged, gives the same logits, and the validation loss that the stream measured."""
+    """transformers loads it unchanged, with the same logits and the validation loss that we measured."""
     from transformers import LlamaConfig, LlamaForCausalLM
     train.main(flags(tmp_path, "--level", "neuron", "--masking", "backward"))
     shown = capsys.readouterr().out
-    assert "bits per byte" in shown and "optimizer state" in shown and "█" in shown and "validation: the last tenth" in shown
+    assert (
+        "bits per byte" in shown
+        and "optimizer state" in shown
+        and "█" in shown
+        and "validation: the last tenth" in shown
+    )
     saved = load(tmp_path)
     assert set(saved) == {"model", "optimizer", "step", "config", "masks"} and saved["step"] == 6
     fields = {k: saved["config"][k] for k in asdict(llama.LlamaConfig())}
-    assert fields["num_key_value_heads"] < fields["num_attention_heads"]                  # grouped-query attention
+    assert fields["num_key_value_heads"] < fields["num_attention_heads"]  # grouped-query attention
     theirs = LlamaForCausalLM(LlamaConfig(**fields))
     theirs.load_state_dict(saved["model"])
     ours = llama.Llama(llama.LlamaConfig(**fields))
@@ -237,19 +316,25 @@ def test_checkpoint_is_an_ordinary_llama(tmp_path, capsys):
         loss = nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).item()
     assert metrics(tmp_path)[-1]["val_loss"] == pytest.approx(loss, rel=1e-5)
     for name, state in saved["optimizer"].items():
-        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == saved["model"][name].shape and state["step"] == 6
+        assert (
+            state["exp_avg"].shape == state["exp_avg_sq"].shape == saved["model"][name].shape
+            and state["step"] == 6
+        )
     train.main(["--resume", "--out-dir", str(tmp_path / "out"), "--sample", "def ", "--device", "cpu"])
     assert capsys.readouterr().out.startswith("def ")
 
 
 def test_torchrun_equals_plain_python_and_writes_the_contract_s_metrics(tmp_path):
-    more = ["--level", "neuron", "--grad-accum", 2, "--lr", 1e-3]    # Adam makes much of rounding in steep updates
+    # Adam makes much of rounding in steep updates
+    more = ["--level", "neuron", "--grad-accum", 2, "--lr", 1e-3]
     torchrun(4, flags(tmp_path, *more, out="many"))
     train.main(flags(tmp_path, *more, "--subnets", 4, out="one"))
     many, one = metrics(tmp_path, "many"), metrics(tmp_path, "one")
     assert [m["step"] for m in many] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(many, one):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-4
+        )
         assert a["sent_bytes"] > 0 == b["sent_bytes"] and a["peak_mem_bytes"] is None and a["skipped"] == 0
         assert {"lr", "step_ms", "tokens_per_s"} <= a.keys()
         assert a["flops"] == b["flops"] == pytest.approx(a["step"] * many[0]["flops"])
@@ -261,20 +346,30 @@ def test_torchrun_equals_plain_python_and_writes_the_contract_s_metrics(tmp_path
 
 @pytest.mark.parametrize("parallel", ["ddp", "sdp"])
 def test_flops_are_the_ones_that_the_operations_need(tmp_path, parallel):
-    """6 FLOPs for each weight of a matrix and token, and those of attention: counted by hand, at coverage 1."""
-    train.main(flags(tmp_path, "--parallel", parallel, "--coverage", "1", "--subnets", 2, "--grad-accum", 3, steps=2))
+    """6 FLOPs for each weight of a matrix and token, and those of attention: counted by hand."""
+    train.main(
+        flags(tmp_path, "--parallel", parallel, "--coverage", "1", "--subnets", 2, "--grad-accum", 3, steps=2)
+    )
     c = llama.LlamaConfig()
-    matrices = sum(shape.numel() for name, (_, _, shape) in llama.layout(c).items() if len(shape) > 1 and "embed" not in name)
-    scores = 2 * 2 * c.hidden_size * 12 * 3 * c.num_hidden_layers    # q k^T and times v, 12 positions, forward and 2x backward
+    matrices = sum(
+        shape.numel()
+        for name, (_, _, shape) in llama.layout(c).items()
+        if len(shape) > 1 and "embed" not in name
+    )
+    # q k^T and times v, 12 positions, forward and 2x backward
+    scores = 2 * 2 * c.hidden_size * 12 * 3 * c.num_hidden_layers
     wanted = 2 * 12 * 6 * matrices + 2 * 12 * scores                 # of a batch of 2 x 12
-    assert metrics(tmp_path)[-1]["flops"] == pytest.approx(2 * 3 * wanted, rel=0.15)     # the softmax is somebody else's
+    # the softmax is somebody else's
+    assert metrics(tmp_path)[-1]["flops"] == pytest.approx(2 * 3 * wanted, rel=0.15)
     assert metrics(tmp_path)[0]["flops"] == pytest.approx(metrics(tmp_path)[-1]["flops"] / 2)
 
 
 @pytest.mark.parametrize("level,masking", [("block", "forward"), ("neuron", "backward")])
 def test_resnet_on_real_workers_equals_plain_python(run_on, tmp_path, small_images, capsys, level, masking):
     more = ["--level", level, "--masking", masking, "--coverage", "1/2"]
-    many = image_flags(tmp_path, *more, *(["--checkpoint-activations"] if level == "block" else []), out="many")
+    many = image_flags(
+        tmp_path, *more, *(["--checkpoint-activations"] if level == "block" else []), out="many"
+    )
     if level == "block":
         torchrun(2, many, script=small_images)
     else:
@@ -285,7 +380,9 @@ def test_resnet_on_real_workers_equals_plain_python(run_on, tmp_path, small_imag
     for a, b in zip(many, one, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["images_per_s"] > 0
     assert many[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
-    assert [m["step"] for m in many if "val_acc" in m] == [4, 6] and {"val_loss", "val_acc"} <= many[-1].keys()
+    assert [m["step"] for m in many if "val_acc" in m] == [4, 6] and {"val_loss", "val_acc"} <= many[
+        -1
+    ].keys()
     many, one = (load(tmp_path, out)["model"] for out in ("many", "one"))
     assert many.keys() == one.keys()
     for name, value in one.items():
@@ -294,8 +391,10 @@ def test_resnet_on_real_workers_equals_plain_python(run_on, tmp_path, small_imag
 
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 def test_checkpoint_is_torchvision_s_resnet18(tmp_path, small_images, stem):
-    """torchvision loads it and gives the same logits and the same validation loss; its batch norm statistics are those of
-    torch's own update_bn over the same batches."""
+    """torchvision loads it and gives the same logits and the same validation loss.
+
+    Its batch norm statistics are those of torch's own update_bn over the same batches.
+    """
     from torchvision.models import resnet18
     resnet.PRESETS["resnet18"] = resnet.ResNetConfig(stem=stem)
     train.main(image_flags(tmp_path, "--level", "neuron", "--subnets", 2, "--coverage", "1/2", steps=2))
@@ -310,12 +409,16 @@ def test_checkpoint_is_torchvision_s_resnet18(tmp_path, small_images, stem):
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
     dataset = data.load("shapes", 4, None, 0)
     with torch.no_grad():
-        val = [(theirs(x), y) for x, y in (dataset.batch("val", i, 0, 1) for i in range(dataset.val_steps(1)))]
+        val = [
+            (theirs(x), y) for x, y in (dataset.batch("val", i, 0, 1) for i in range(dataset.val_steps(1)))
+        ]
     outputs, y = torch.cat([o for o, _ in val]), torch.cat([y for _, y in val])
     last = metrics(tmp_path)[-1]
     assert last["val_loss"] == pytest.approx(nn.functional.cross_entropy(outputs, y).item(), rel=1e-4)
     assert last["val_acc"] == pytest.approx((outputs.argmax(1) == y).float().mean().item())
-    torch.optim.swa_utils.update_bn([dataset.batch("train", i, w, 2)[0] for i in range(4) for w in range(2)], theirs)
+    torch.optim.swa_utils.update_bn(
+        [dataset.batch("train", i, w, 2)[0] for i in range(4) for w in range(2)], theirs
+    )
     for name, b in theirs.named_buffers():
         torch.testing.assert_close(saved["model"][name], b, rtol=1e-4, atol=1e-5)
     state = saved["optimizer"]["layer1.0.conv1.weight"]
@@ -325,7 +428,7 @@ def test_checkpoint_is_torchvision_s_resnet18(tmp_path, small_images, stem):
 
 
 def test_flop_match_lengthens_the_run(tmp_path):
-    """Half of the branches, all of embedding and head: 9 to 12 updates instead of 6, and as many FLOPs as DDP."""
+    """Half of the branches, all of embedding and head: 9 to 12 updates instead of 6, of as many FLOPs."""
     train.main(flags(tmp_path, "--coverage", "1/2", "--flop-match", "--subnets", 4))
     train.main(flags(tmp_path, "--parallel", "ddp", out="ddp"))
     last, ddp = metrics(tmp_path)[-1], metrics(tmp_path, "ddp")[-1]
@@ -333,9 +436,16 @@ def test_flop_match_lengthens_the_run(tmp_path):
     assert last["flops"] == pytest.approx(ddp["flops"], abs=last["flops"] / last["step"])
 
 
-@pytest.mark.parametrize("masking,more,tolerance", [
-    ("forward", ["--checkpoint-activations"], 1e-4), ("forward", ["--compile"], 1e-4), ("backward", ["--compile"], 1e-4),
-    ("forward", ["--dtype", "bf16"], 0.02), ("backward", ["--reduce-dtype", "bf16"], 0.01)])
+@pytest.mark.parametrize(
+    "masking,more,tolerance",
+    [
+        ("forward", ["--checkpoint-activations"], 1e-4),
+        ("forward", ["--compile"], 1e-4),
+        ("backward", ["--compile"], 1e-4),
+        ("forward", ["--dtype", "bf16"], 0.02),
+        ("backward", ["--reduce-dtype", "bf16"], 0.01),
+    ],
+)
 def test_the_same_losses_with_another_way_to_compute(run_on, tmp_path, masking, more, tolerance):
     same = ["--coverage", "1/2", "--masking", masking]
     train.main(flags(tmp_path, "--subnets", 2, *same, out="plain", steps=4))
@@ -349,11 +459,19 @@ def test_ddp_is_the_simulation_at_coverage_1_and_sends_half_in_bfloat16(run_on, 
     train.main(flags(tmp_path, "--subnets", 2, "--parallel", "ddp", out="alone"))
     for out, more, tolerance in ("fp32", [], 1e-4), ("bf16", ["--reduce-dtype", "bf16"], 0.01):
         assert run_on(2, train_on_pool, flags(tmp_path, "--parallel", "ddp", *more, out=out)) == [None, None]
-        for a, b, c in zip(metrics(tmp_path, out), metrics(tmp_path, "one"), metrics(tmp_path, "alone"), strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], rel=tolerance) and c["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        for a, b, c in zip(
+            metrics(tmp_path, out), metrics(tmp_path, "one"), metrics(tmp_path, "alone"), strict=True
+        ):
+            assert a["loss"] == pytest.approx(b["loss"], rel=tolerance) and c["loss"] == pytest.approx(
+                b["loss"], rel=1e-5
+            )
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.05)
     numel = sum(w.numel() for w in load(tmp_path, "fp32")["model"].values())
-    assert metrics(tmp_path, "fp32")[0]["sent_bytes"] == 4 * numel == 2 * metrics(tmp_path, "bf16")[0]["sent_bytes"]
+    assert (
+        metrics(tmp_path, "fp32")[0]["sent_bytes"]
+        == 4 * numel
+        == 2 * metrics(tmp_path, "bf16")[0]["sent_bytes"]
+    )
 
 
 def test_blocks_of_one_size_are_compiled_once():
@@ -369,7 +487,7 @@ def test_blocks_of_one_size_are_compiled_once():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's malloc")
 def test_freed_memory_is_kept_for_the_next_update():
-    """Once touched, 128 MiB that come and go cost no new pages; without the setting they cost 32,768, or 64 huge ones."""
+    """Once touched, 128 MiB that come and go cost no new pages; otherwise 32,768, or 64 huge ones."""
     faults = """if True:
         import resource, torch, train
         def come_and_go():
@@ -389,24 +507,34 @@ def test_freed_memory_is_kept_for_the_next_update():
 def test_training_imports_nothing_private_of_torch_and_text_no_torchvision():
     source = (ROOT / "train.py").read_text()
     assert "torch._" not in source and "_internal" not in source
-    run = subprocess.run([sys.executable, "-c", "import sys, train; print('torchvision' in sys.modules)"], cwd=ROOT,
-                         capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", "import sys, train; print('torchvision' in sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert run.stdout.strip() == "False", run.stderr
 
 
-# -- Going on --------------------------------------------------------------------------------------------------------
+# -- Going on --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ranks,more", [(2, ["--masking", "backward"]), (1, []), (2, ["--parallel", "ddp"])])
 def test_resume_gives_the_uninterrupted_run_bit_for_bit(run_on, tmp_path, ranks, more):
     def go(out, *extra):
         arguments = flags(tmp_path, "--coverage", "1/2" if ranks == 2 else "3/4", *more, *extra, out=out)
-        assert run_on(ranks, train_on_pool, arguments) == [None] * ranks if ranks > 1 else train.main(arguments) is None
+        assert (
+            run_on(ranks, train_on_pool, arguments) == [None] * ranks
+            if ranks > 1
+            else train.main(arguments) is None
+        )
     go("whole")
     (tmp_path / "cut").mkdir()
     shutil.copy(tmp_path / "whole" / "ckpt.prev.pt", tmp_path / "cut" / "ckpt.pt")       # step 3
     lines = (tmp_path / "whole" / "metrics.jsonl").read_bytes().splitlines(True)
     # Two lines beyond the checkpoint, and what a crash may leave
-    (tmp_path / "cut" / "metrics.jsonl").write_bytes(b"".join(lines[:5]) + b"\xff\x00\x80\n[1]\n" + lines[5][:20])
+    (tmp_path / "cut" / "metrics.jsonl").write_bytes(
+        b"".join(lines[:5]) + b"\xff\x00\x80\n[1]\n" + lines[5][:20]
+    )
     go("cut", "--resume")
     assert same_checkpoint(tmp_path / "whole", tmp_path / "cut")
     for x, y in zip(metrics(tmp_path, "whole"), metrics(tmp_path, "cut"), strict=True):
@@ -440,15 +568,17 @@ LAYOUTS = [(4, ["--parallel", "ddp"]), (4, ["--coverage", "3/4"]),
 
 @pytest.mark.parametrize("make_flags", [flags, image_flags], ids=["Llama", "ResNet"])
 def test_a_checkpoint_resumes_bit_for_bit_under_any_layout(run_on, tmp_path, make_flags):
-    """A run is resumed under five layouts in a row.  The first time it takes no step, only saves: the full model and the
-    optimizer are the saved ones, bit for bit.  Then it trains on, and the loss stays sane."""
+    """A run is resumed under five layouts in a row.
+
+    The first time it takes no step, only saves: model and optimizer are the saved ones, bit for bit.  Then it trains on, and the loss stays sane.
+    """
     if make_flags is image_flags:
         more, prepare = ["--data", "shapes", "--batch-size", "2"], small_images_on_pool
     else:
         more, prepare = [], None
     step, path = 0, tmp_path / "out" / "ckpt.pt"
     for workers, layout in LAYOUTS:
-        if step:                                                     # one update that changes nothing, then back to the step before
+        if step:  # one update that changes nothing, then back to the step before
             before = torch.load(path, weights_only=True)
             raw = path.read_bytes()
             still = functools.partial(both, prepare, optimizers_stand_still)
@@ -457,7 +587,11 @@ def test_a_checkpoint_resumes_bit_for_bit_under_any_layout(run_on, tmp_path, mak
             after = torch.load(path, weights_only=True)
             assert all(torch.equal(before["model"][n], after["model"][n]) for n in before["optimizer"])
             for name, state in before["optimizer"].items():
-                assert all(torch.equal(value, after["optimizer"][name][key]) for key, value in state.items() if torch.is_tensor(value))
+                assert all(
+                    torch.equal(value, after["optimizer"][name][key])
+                    for key, value in state.items()
+                    if torch.is_tensor(value)
+                )
             path.write_bytes(raw)
         step += 3
         arguments = make_flags(tmp_path, "--resume", *layout, *more, steps=step)
@@ -478,8 +612,13 @@ def test_resume_says_what_it_does_with_masks_and_flags(tmp_path, capsys, monkeyp
     assert "masks are" not in first and "not as it was" not in first
     masks = load(tmp_path)["masks"]
     out = said("--seed", 2, "--lr", "0.001", "--batch-size", 1, steps=2)
-    assert "the masks are the saved ones" in out and sdp.picture(masks, llama.branches(llama.PRESETS["llama-tiny"])) in out
-    assert all(f"--{what}" in out for what in ("seed 2 (was 1)", "lr 0.001 (was 0.002)", "batch-size 1 (was 2)"))
+    assert (
+        "the masks are the saved ones" in out
+        and sdp.picture(masks, llama.branches(llama.PRESETS["llama-tiny"])) in out
+    )
+    assert all(
+        f"--{what}" in out for what in ("seed 2 (was 1)", "lr 0.001 (was 0.002)", "batch-size 1 (was 2)")
+    )
     said("--seed", 2, steps=3)                                       # the masks are still those of seed 1
     assert all(torch.equal(m, masks[b]) for b, m in load(tmp_path)["masks"].items())
     assert "new masks: --parallel" in said("--coverage", "1/3", steps=4)
@@ -495,15 +634,30 @@ def test_contents_of_the_data_decide_not_their_name(tmp_path):
     train.main(flags(tmp_path, steps=1))
     (tmp_path / "elsewhere").mkdir()
     shutil.move(tmp_path / "text.bin", tmp_path / "elsewhere" / "moved.bin")
-    moved = ["--data", str(tmp_path / "elsewhere" / "." / "moved.bin"), "--out-dir", str(tmp_path / "out"), "--resume",
-             "--steps", "2", "--batch-size", "2", "--seq-len", "12", "--device", "cpu"]
+    moved = [
+        "--data",
+        str(tmp_path / "elsewhere" / "." / "moved.bin"),
+        "--out-dir",
+        str(tmp_path / "out"),
+        "--resume",
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--seq-len",
+        "12",
+        "--device",
+        "cpu",
+    ]
     train.main(moved)
     assert load(tmp_path)["step"] == 2
     text_bin(tmp_path / "elsewhere", "moved", count=6003)
     for arguments in (moved, moved[2:]):
         with pytest.raises(data.UserError, match="contradicts the checkpoint"):
             train.main(arguments)
-    with pytest.raises(data.UserError, match="--model llama-134m contradicts the checkpoint, which has llama-tiny"):
+    with pytest.raises(
+        data.UserError, match="--model llama-134m contradicts the checkpoint, which has llama-tiny"
+    ):
         train.main([*moved, "--model", "llama-134m"])
 
 
@@ -517,21 +671,28 @@ def test_a_vocabulary_without_tokenizer_trains_to_the_end(tmp_path, capsys):
 
 def test_a_run_whose_first_updates_were_all_skipped_resumes(tmp_path, monkeypatch):
     real = llama.loss
-    monkeypatch.setattr(llama, "loss", lambda logits, y: real(logits, y) * (math.nan if logits.requires_grad else 1))
+    monkeypatch.setattr(
+        llama, "loss", lambda logits, y: real(logits, y) * (math.nan if logits.requires_grad else 1)
+    )
     train.main(flags(tmp_path, steps=3))
     assert all(state == {"step": 0} for state in load(tmp_path)["optimizer"].values())
-    first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0], parse_constant=refuse_constant)
+    first = json.loads(
+        (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0], parse_constant=refuse_constant
+    )
     assert first["loss"] is None and first["skipped"] == 1           # JSON, not NaN
     monkeypatch.setattr(llama, "loss", real)
     train.main(flags(tmp_path, "--resume", steps=6))
-    assert all(state["step"] == 3 for state in load(tmp_path)["optimizer"].values()) and metrics(tmp_path)[-1]["loss"] > 0
+    assert (
+        all(state["step"] == 3 for state in load(tmp_path)["optimizer"].values())
+        and metrics(tmp_path)[-1]["loss"] > 0
+    )
 
 
 def refuse_constant(name):
     raise AssertionError(f"{name} is not JSON")
 
 
-# -- What is refused -------------------------------------------------------------------------------------------------
+# -- What is refused -------------------------------------------------------------------------------
 
 BAD = [
     (["--coverage", "0.7", "--subnets", "4"], r"--coverage 0.7 is not a multiple of 1/4.*2/4 and 3/4"),
@@ -548,14 +709,32 @@ BAD = [
     (["--data", "fineweb"], "no FineWeb shards.*data.py fineweb"),
     (["--seq-len", "4096"], "--seq-len 4096 is longer than the context of llama-tiny, 256"),
     (["--batch-size", "9999"], "too short for one batch"),
-    *[([f"--{flag}", value], f"--{flag}: must be at least 1") for flag in
-      ("subnets", "steps", "batch-size", "seq-len", "grad-accum", "eval-every", "save-every", "log-every", "timeout")
-      for value in ("0", "-1")],
-    *[([f"--{flag}", "1.5"], f"--{flag}: invalid") for flag in ("seed", "steps", "batch-size", "grad-accum", "timeout")],
+    *[
+        ([f"--{flag}", value], f"--{flag}: must be at least 1")
+        for flag in (
+            "subnets",
+            "steps",
+            "batch-size",
+            "seq-len",
+            "grad-accum",
+            "eval-every",
+            "save-every",
+            "log-every",
+            "timeout",
+        )
+        for value in ("0", "-1")
+    ],
+    *[
+        ([f"--{flag}", "1.5"], f"--{flag}: invalid")
+        for flag in ("seed", "steps", "batch-size", "grad-accum", "timeout")
+    ],
     (["--seed", "-1"], "--seed must be at least 0"),
     *[(["--lr", value], "--lr must be a positive number") for value in ("nan", "inf", "0", "-1", "1e38")],
     (["--lr", "fast"], "--lr: invalid float"),
-    *[(["--device", value], f"--device {value} is not cpu or cuda") for value in ("tpu", "mps", "gpu", "cpu:x")],
+    *[
+        (["--device", value], f"--device {value} is not cpu or cuda")
+        for value in ("tpu", "mps", "gpu", "cpu:x")
+    ],
     (["--device", "cuda"], "no CUDA device"),
     (["--resume", "--overwrite"], "contradict"),
     (["--sample", "x"], "--sample needs --resume"),
@@ -564,7 +743,10 @@ BAD = [
     (["--checkpoint-activations"], "--checkpoint-activations needs real workers"),
     (["--frobnicate"], "unrecognized arguments"),
     (["train"], "unrecognized arguments"),
-    *[([f"--{flag}", "sideways"], "invalid choice") for flag in ("masking", "level", "parallel", "dtype", "reduce-dtype")],
+    *[
+        ([f"--{flag}", "sideways"], "invalid choice")
+        for flag in ("masking", "level", "parallel", "dtype", "reduce-dtype")
+    ],
     (["--model", "resnet18"], "resnet18 reads images: --data can be cifar10, cifar100, shapes, not /"),
     (["--data", "cifar10"], "--data cifar10 holds images, llama-tiny reads text: use --model resnet18"),
     (["--data", "shapes", "--model", "resnet18"], "--seq-len is for text, and resnet18 reads images"),
@@ -593,29 +775,45 @@ def test_bad_input_under_torchrun_is_one_line_from_one_rank(tmp_path, ranks, mor
 
 
 def test_as_a_program_it_ends_with_one_line(tmp_path):
-    """RANK left in the environment, a missing compiler, standard output that is closed or full, out of memory."""
+    """RANK left in the environment, no compiler, no memory, standard output full or of another encoding."""
     fine = flags(tmp_path, "--overwrite", steps=1)
     cases = [
         (python(fine, RANK="0"), b"start with torchrun"),
-        (python([*fine, "--compile"], "train.DISTRIBUTED = True; train.start_processes = lambda *_: None; train.agree = print",
-                CXX="no-such-compiler"), b"needs a C++ compiler"),
+        (
+            python(
+                [*fine, "--compile"],
+                "train.DISTRIBUTED = True; train.start_processes = lambda *_: None; train.agree = print",
+                CXX="no-such-compiler",
+            ),
+            b"needs a C++ compiler",
+        ),
         (python(fine, "def full(*_): raise MemoryError\ntrain.train = full"), b"out of memory"),
     ]
     with open("/dev/full", "w") as full:
         program = [sys.executable, "train.py", *fine]
-        cases.append((subprocess.run(program, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT), b"No space left"))
+        cases.append(
+            (
+                subprocess.run(program, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT),
+                b"No space left",
+            )
+        )
     for run, message in cases:
         assert run.returncode == 2 and run.stderr.count(b"\n") == 1, run.stderr
         assert run.stderr.startswith(b"error: ") and message in run.stderr
     for arguments in ([*fine, "--out-dir", "~/x/out"], fine):
-        run = python(arguments, HOME=str(tmp_path), PYTHONIOENCODING="cp1252")           # it cannot show the masks
+        run = python(arguments, HOME=str(tmp_path), PYTHONIOENCODING="cp1252")  # it cannot show the masks
         assert run.returncode == 0 and b"?? ??" in run.stdout, run.stderr
     assert (tmp_path / "x" / "out" / "ckpt.pt").exists()
 
 
 BAD_CHECKPOINTS = {
-    "empty": b"", "text": b"not a checkpoint", "zip of nothing": b"PK\x05\x06" + bytes(18),
-    "pickle": pickle.dumps({"model": 1}), "list": [1, 2], "half": {"model": {}, "step": 3}, "tensor": torch.zeros(3),
+    "empty": b"",
+    "text": b"not a checkpoint",
+    "zip of nothing": b"PK\x05\x06" + bytes(18),
+    "pickle": pickle.dumps({"model": 1}),
+    "list": [1, 2],
+    "half": {"model": {}, "step": 3},
+    "tensor": torch.zeros(3),
     "malicious": type("Evil", (), {"__reduce__": lambda self: (os.system, ('touch "$EVIL"',))})(),
 }
 
@@ -632,7 +830,12 @@ def test_bad_checkpoints_are_one_clear_line_and_nothing_in_them_is_run(tmp_path,
         torch.save({"model": content} if kind == "malicious" else content, path)
     before = path.read_bytes()
     for more in ([], ["--sample", "x"]):
-        refused(tmp_path, "is damaged" if kind == "zip of nothing" else "is not a checkpoint of this program: move it", "--resume", *more)
+        refused(
+            tmp_path,
+            "is damaged" if kind == "zip of nothing" else "is not a checkpoint of this program: move it",
+            "--resume",
+            *more,
+        )
     assert path.read_bytes() == before and os.listdir(tmp_path / "out") == ["ckpt.pt"]
     assert not (tmp_path / "evil-was-here").exists()
     if kind == "malicious":                                          # it would have worked
@@ -652,7 +855,9 @@ def without_first(values):
 
 
 def of_first(change):
-    return lambda values: {name: change(value) if i == 0 else value for i, (name, value) in enumerate(values.items())}
+    return lambda values: {
+        name: change(value) if i == 0 else value for i, (name, value) in enumerate(values.items())
+    }
 
 
 WRONG = {
@@ -665,13 +870,19 @@ WRONG = {
     "no state of a name": edited("optimizer", without_first),
     "no moment": edited("optimizer", of_first(without_first)),
     "a moment of another shape": edited("optimizer", of_first(lambda s: {**s, "exp_avg": s["exp_avg"][1:]})),
-    "a moment of another dtype": edited("optimizer", of_first(lambda s: {**s, "exp_avg": s["exp_avg"].half()})),
-    "no number of updates": edited("optimizer", of_first(lambda s: {k: v for k, v in s.items() if k != "step"})),
+    "a moment of another dtype": edited(
+        "optimizer", of_first(lambda s: {**s, "exp_avg": s["exp_avg"].half()})
+    ),
+    "no number of updates": edited(
+        "optimizer", of_first(lambda s: {k: v for k, v in s.items() if k != "step"})
+    ),
     "two numbers of updates": edited("optimizer", of_first(lambda s: {**s, "step": 2})),
     "more updates than steps": edited("step", lambda s: s - 1),
     "a step below 0": edited("step", lambda s: -5),
     "a step that is no integer": edited("step", float),
-    "masks of three subnets": edited("masks", lambda m: {b: torch.ones(len(t), 3, dtype=torch.bool) for b, t in m.items()}),
+    "masks of three subnets": edited(
+        "masks", lambda m: {b: torch.ones(len(t), 3, dtype=torch.bool) for b, t in m.items()}
+    ),
     "masks of another dtype": edited("masks", lambda m: {b: t.int() for b, t in m.items()}),
     "a mask is missing": edited("masks", without_first),
     "no model's name": edited("config", lambda c: {k: v for k, v in c.items() if k != "model"}),
@@ -748,8 +959,12 @@ def test_ranks_that_were_started_differently_are_told_apart(run_on, tmp_path):
         if folder != tmp_path:
             shutil.move(tmp_path / "out", folder / "out")
             train.main(flags(tmp_path, steps=1))
-    relative = [a.replace(str(tmp_path) + "/", "") if a.endswith("/out") else a for a in flags(tmp_path, "--resume")]
-    said = run_on(2, functools.partial(on_rank_1, prepare=functools.partial(differs, "data", tmp_path)), relative)
+    relative = [
+        a.replace(str(tmp_path) + "/", "") if a.endswith("/out") else a for a in flags(tmp_path, "--resume")
+    ]
+    said = run_on(
+        2, functools.partial(on_rank_1, prepare=functools.partial(differs, "data", tmp_path)), relative
+    )
     assert said[0] == said[1] and "rank 1 has checkpoint" in said[0]
 
 
@@ -760,17 +975,25 @@ def test_an_editor_s_files_do_not_stop_the_start(tmp_path):
         shutil.copy(file, copy)
     (copy / ".#train.py").symlink_to("nobody@nowhere.1234")
     (copy / "broken.py").write_bytes(b"\xff")
-    run = subprocess.run([sys.executable, "train.py", *flags(tmp_path, steps=1)], cwd=copy, capture_output=True, env=ENVIRONMENT)
+    run = subprocess.run(
+        [sys.executable, "train.py", *flags(tmp_path, steps=1)],
+        cwd=copy,
+        capture_output=True,
+        env=ENVIRONMENT,
+    )
     assert run.returncode == 0, run.stderr
 
 
-# -- A run is never lost ---------------------------------------------------------------------------------------------
+# -- A run is never lost ---------------------------------------------------------------------------
 
 def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
     train.main(flags(tmp_path))
     path = tmp_path / "out" / "ckpt.pt"
     raw = path.read_bytes()
-    for damaged in (raw[:-1000], raw[:len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1:]):
+    for damaged in (
+        raw[:-1000],
+        raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1 :],
+    ):
         path.write_bytes(damaged)
         assert train.open_checkpoint(tmp_path / "out")[0]["step"] == 3
         assert "is damaged, going on from" in capsys.readouterr().out
@@ -785,10 +1008,12 @@ def test_random_damage_is_always_noticed(tmp_path):
         broken = bytearray(raw)
         if rng.random() < 0.3:
             del broken[rng.integers(2, len(raw)):]
-        else:                                                        # in the weights, or in the archive's own tables
-            broken[rng.integers(2, len(raw)) if rng.random() < 0.5 else -rng.integers(1, 9000)] ^= 1 << rng.integers(8)
+        else:  # in the weights, or in the archive's own tables
+            broken[
+                rng.integers(2, len(raw)) if rng.random() < 0.5 else -rng.integers(1, 9000)
+            ] ^= 1 << rng.integers(8)
         path.write_bytes(broken)
-        try:                                                         # a flip in a comment or time stamp does no harm
+        try:  # a flip in a comment or time stamp does no harm
             found, _ = train.open_checkpoint(tmp_path / "out")
             assert all(torch.equal(w, found["model"][n]) for n, w in whole.items())
         except data.UserError as e:
@@ -799,7 +1024,8 @@ def loss_is_nan_at(rank, steps):
     real, calls = llama.loss, [0]
 
     def loss(*args):
-        trains = args[0].requires_grad and args[0].device.type == "cpu"      # FLOPs are counted on the meta device
+        # FLOPs are counted on the meta device
+        trains = args[0].requires_grad and args[0].device.type == "cpu"
         calls[0] += trains
         return real(*args) * (math.nan if trains and calls[0] in steps and dist.get_rank() == rank else 1)
     llama.loss = loss
@@ -811,7 +1037,9 @@ def test_an_update_that_is_not_finite_is_skipped_by_all_and_ten_end_the_run(run_
     assert run_on(2, train_on_pool, flags(tmp_path, "--coverage", "1/2"), prepare) == [None, None]
     assert [m["skipped"] for m in metrics(tmp_path)] == [0, 1, 1, 2, 2, 2]
     saved = load(tmp_path)
-    assert all(t.isfinite().all() for t in saved["model"].values()) and {s["step"] for s in saved["optimizer"].values()} == {4}
+    assert all(t.isfinite().all() for t in saved["model"].values()) and {
+        s["step"] for s in saved["optimizer"].values()
+    } == {4}
     prepare = functools.partial(loss_is_nan_at, 1, range(4, 99))
     said = run_on(2, train_on_pool, flags(tmp_path, "--coverage", "1/2", steps=20, out="lost"), prepare)
     assert said[0] == said[1] and "ten updates in a row, up to step 13" in said[0]
@@ -819,18 +1047,29 @@ def test_an_update_that_is_not_finite_is_skipped_by_all_and_ten_end_the_run(run_
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: [p.data.fill_(math.inf) for p in self.param_groups[0]["params"]])
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self: [p.data.fill_(math.inf) for p in self.param_groups[0]["params"]],
+    )
     refused(tmp_path, "weights after step 3 are not finite, so not saved")
     assert not (tmp_path / "out" / "ckpt.pt").exists()
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     (tmp_path / "small").mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", tmp_path / "small"], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", tmp_path / "small"], capture_output=True
+    ).returncode:
         pytest.skip("mounting a small tmpfs is not allowed here")
-    try:                                                             # a checkpoint has 21 MB: two fit, a third does not
+    try:  # a checkpoint has 21 MB: two fit, a third does not
         refused(tmp_path, "cannot write .*ckpt.pt: .*--resume", out="small/out", *["--steps", "12"])
-        assert sorted(os.listdir(tmp_path / "small" / "out")) == ["ckpt.prev.pt", "ckpt.pt", "lock", "metrics.jsonl"]
+        assert sorted(os.listdir(tmp_path / "small" / "out")) == [
+            "ckpt.prev.pt",
+            "ckpt.pt",
+            "lock",
+            "metrics.jsonl",
+        ]
         assert load(tmp_path, "small/out")["step"] == 6
         (tmp_path / "small" / "out" / "ckpt.prev.pt").unlink()
         train.main(flags(tmp_path, "--resume", out="small/out", steps=7))
@@ -841,7 +1080,9 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
 def test_a_checkpoint_has_its_name_only_when_it_and_the_folder_are_on_the_disk(tmp_path, monkeypatch):
     synced = []
     real_replace, real_fsync = os.replace, os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name) or real_fsync(fd))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name) or real_fsync(fd)
+    )
     monkeypatch.setattr(os, "replace", lambda a, b: synced.append(f"-> {Path(b).name}") or real_replace(a, b))
     train.main(flags(tmp_path))
     assert synced == ["-> metrics.jsonl", "ckpt.pt.part", "-> ckpt.pt", "out",
@@ -865,12 +1106,20 @@ class Torchrun:
 
     def __init__(self, ranks, arguments, restarts=0, script="train.py"):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        self.process = subprocess.Popen([*command, f"--max-restarts={restarts}", script, *arguments], cwd=ROOT, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+        self.process = subprocess.Popen(
+            [*command, f"--max-restarts={restarts}", script, *arguments],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=ENVIRONMENT,
+        )
 
     def workers(self):
         """The processes that still live; Z is one that has ended and whose parent has not looked yet."""
-        out = subprocess.run(["ps", "-o", "pid=,stat=", "--ppid", str(self.process.pid)], capture_output=True, text=True).stdout
+        out = subprocess.run(
+            ["ps", "-o", "pid=,stat=", "--ppid", str(self.process.pid)], capture_output=True, text=True
+        ).stdout
         return [int(line.split()[0]) for line in out.splitlines() if "Z" not in line.split()[1]]
 
     def wait_for_line(self, path, count, seconds=120):
@@ -896,7 +1145,7 @@ def kill_and_finish(run_on, folder, kills, seed):
     more = ["--coverage", "1/2", "--save-every", "2", "--eval-every", "3"]
     assert run_on(2, train_on_pool, flags(folder, *more, out="whole", steps=6 + 3 * kills)) == [None, None]
     run = Torchrun(2, flags(folder, *more, "--resume", out="killed", steps=6 + 3 * kills), restarts=kills)
-    for kill in range(kills):                                        # in the midst of a step, an evaluation or a save
+    for kill in range(kills):  # in the midst of a step, an evaluation or a save
         run.wait_for_line(path, 2 + 3 * kill)
         time.sleep(rng.uniform(0, 0.5))
         victims = run.workers()
@@ -908,7 +1157,9 @@ def kill_and_finish(run_on, folder, kills, seed):
     assert code == 0, out + err
     assert same_checkpoint(folder / "whole", folder / "killed")
     whole, killed = metrics(folder, "whole"), metrics(folder, "killed")
-    assert [m["step"] for m in whole] == [m["step"] for m in killed] and whole[-1]["val_loss"] == killed[-1]["val_loss"]
+    assert [m["step"] for m in whole] == [m["step"] for m in killed] and whole[-1]["val_loss"] == killed[-1][
+        "val_loss"
+    ]
 
 
 def test_killed_workers_come_back_and_the_result_is_the_same(run_on, tmp_path):
@@ -922,8 +1173,11 @@ def test_twenty_kills(run_on, tmp_path):
 
 
 def test_a_signal_saves_and_the_run_goes_on_from_there(run_on, tmp_path):
-    """One worker is told to end, or, as a cluster does it, torchrun, which tells all; or Ctrl-C, or a lost terminal."""
-    assert run_on(2, train_on_pool, flags(tmp_path, "--coverage", "1/2", out="whole", steps=60)) == [None, None]
+    """One worker is told to end, or, as a cluster does it, torchrun, which tells all; or a terminal is lost."""
+    assert run_on(2, train_on_pool, flags(tmp_path, "--coverage", "1/2", out="whole", steps=60)) == [
+        None,
+        None,
+    ]
     lines, saved = 4, 0
     for target, number in ("worker", signal.SIGTERM), ("torchrun", signal.SIGTERM), ("worker", signal.SIGHUP):
         run = Torchrun(2, flags(tmp_path, "--coverage", "1/2", "--resume", steps=60))
@@ -931,19 +1185,31 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(run_on, tmp_path):
         os.kill(run.workers()[1] if target == "worker" else run.process.pid, number)
         code, out, err = run.end()
         assert "told to stop: saved after step" in out and "error:" not in err, err
-        assert code == 0 or target == "torchrun"                     # torchrun itself says that it was interrupted
+        assert code == 0 or target == "torchrun"  # torchrun itself says that it was interrupted
         saved, before = load(tmp_path)["step"], saved
         assert before < saved < 60
         lines = saved + 2
-    assert run_on(2, train_on_pool, flags(tmp_path, "--coverage", "1/2", "--resume", steps=60)) == [None, None]
+    assert run_on(2, train_on_pool, flags(tmp_path, "--coverage", "1/2", "--resume", steps=60)) == [
+        None,
+        None,
+    ]
     assert same_checkpoint(tmp_path / "whole", tmp_path / "out")
 
 
 def test_ctrl_c_saves_and_a_second_one_does_not_wait(tmp_path):
-    for presses, code, said in (1, 0, b""), (2, 130, b"error: interrupted once more: nothing else is saved\n"):
+    for presses, code, said in (1, 0, b""), (
+        2,
+        130,
+        b"error: interrupted once more: nothing else is saved\n",
+    ):
         out = tmp_path / str(presses)
-        run = subprocess.Popen([sys.executable, "train.py", *flags(tmp_path, out=str(presses), steps=5000)], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+        run = subprocess.Popen(
+            [sys.executable, "train.py", *flags(tmp_path, out=str(presses), steps=5000)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=ENVIRONMENT,
+        )
         while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
             time.sleep(0.02)
         for _ in range(presses):
@@ -978,7 +1244,8 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_a_line(tmp_path, how):
     workers = run.workers()
     os.kill(workers[1], how)
     start, left = time.monotonic(), workers
-    while len(set(left) & set(workers)) > 1 and time.monotonic() < start + 45:     # torchrun itself waits for the stopped one
+    # torchrun itself waits for the stopped one
+    while len(set(left) & set(workers)) > 1 and time.monotonic() < start + 45:
         left = run.workers()
         time.sleep(0.1)
     seconds = time.monotonic() - start
@@ -986,7 +1253,9 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_a_line(tmp_path, how):
         os.kill(workers[1], signal.SIGKILL)
     code, out, err = run.end()
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert code and seconds < 40 and lines and all("waited for the other workers in" in line for line in lines), err
+    assert (
+        code and seconds < 40 and lines and all("waited for the other workers in" in line for line in lines)
+    ), err
     assert 'train.py", line' not in err
 
 
@@ -1018,7 +1287,7 @@ def test_what_rank_0_does_alone_does_not_count_against_the_others_patience(tmp_p
 
 @contextmanager
 def two_hosts(rate=None):
-    """Two network namespaces joined by a cable, of `rate` (in tc's words: "1gbit"), with half of the cores each.
+    """Two network namespaces joined by a cable of `rate` (like "1gbit"), with half of the cores each.
 
     Yields torchrun(arguments, script), two ranks on each.
     """
@@ -1034,23 +1303,78 @@ def two_hosts(rate=None):
         try:
             for i, host in enumerate(hosts):                         # hosts do not share cores
                 os.sched_setaffinity(0, cores[i::2] or cores)        # a process begins with its parent's
-                command = ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
-                           "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29400",
-                           f"--rdzv-conf=is_host={1 - i}", f"--local-addr=10.77.0.{i + 1}", script, *arguments]
-                runs.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                             env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": f"sdp{i}"}))
+                command = [
+                    "ip",
+                    "netns",
+                    "exec",
+                    host,
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--nnodes=2",
+                    "--nproc-per-node=2",
+                    "--rdzv-backend=c10d",
+                    "--rdzv-endpoint=10.77.0.1:29400",
+                    f"--rdzv-conf=is_host={1 - i}",
+                    f"--local-addr=10.77.0.{i + 1}",
+                    script,
+                    *arguments,
+                ]
+                runs.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,
+                        text=True,
+                        env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": f"sdp{i}"},
+                    )
+                )
         finally:
             os.sched_setaffinity(0, cores)
         said = [run.communicate(timeout=timeout)[0] for run in runs]
         assert all(run.returncode == 0 for run in runs), said
         return said[0] + said[1]
     try:
-        assert run("ip", "link", "add", "sdp0", "netns", hosts[0], "type", "veth", "peer", "name", "sdp1", "netns", hosts[1])
+        assert run(
+            "ip",
+            "link",
+            "add",
+            "sdp0",
+            "netns",
+            hosts[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "sdp1",
+            "netns",
+            hosts[1],
+        )
         for i, host in enumerate(hosts):
             assert run("ip", "-n", host, "addr", "add", f"10.77.0.{i + 1}/24", "dev", f"sdp{i}")
-            assert run("ip", "-n", host, "link", "set", f"sdp{i}", "up") and run("ip", "-n", host, "link", "set", "lo", "up")
-            if rate and not run("ip", "netns", "exec", host, "tc", "qdisc", "add", "dev", f"sdp{i}", "root", "tbf", "rate", rate,
-                                "burst", "256kb", "latency", "50ms"):
+            assert run("ip", "-n", host, "link", "set", f"sdp{i}", "up") and run(
+                "ip", "-n", host, "link", "set", "lo", "up"
+            )
+            if rate and not run(
+                "ip",
+                "netns",
+                "exec",
+                host,
+                "tc",
+                "qdisc",
+                "add",
+                "dev",
+                f"sdp{i}",
+                "root",
+                "tbf",
+                "rate",
+                rate,
+                "burst",
+                "256kb",
+                "latency",
+                "50ms",
+            ):
                 pytest.skip("links cannot be made slow here")
         yield torchrun_on_both
     finally:
@@ -1059,10 +1383,12 @@ def two_hosts(rate=None):
 
 
 def test_two_hosts_give_the_losses_of_one(tmp_path):
-    """The README's command for several machines, the machines being two network namespaces joined by a cable."""
+    """The command for several machines, the machines being two network namespaces joined by a cable."""
     more = ["--level", "neuron", "--masking", "backward"]
     with two_hosts() as run:
         assert "4 workers, cpu" in run(flags(tmp_path, *more, out="two"))
     train.main(flags(tmp_path, *more, "--subnets", "4", out="one"))
     for two, one in zip(metrics(tmp_path, "two"), metrics(tmp_path, "one"), strict=True):
-        assert all(two[key] == pytest.approx(one[key], rel=1e-5) for key in ("loss", "val_loss") if key in one)
+        assert all(
+            two[key] == pytest.approx(one[key], rel=1e-5) for key in ("loss", "val_loss") if key in one
+        )
