@@ -38,11 +38,13 @@ tensors; `Simulation`, all workers in one process; `MaskedAllReduce`, real worke
 """
 
 import hashlib
+import math
 import os
 import weakref
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -532,12 +534,10 @@ class Bucket(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """One message of a refresh, of one branch: what this worker sends to each rank, and gets from each rank."""
-    branch: str
-    sends: list                     # runs' weights, those for rank 0 first
-    send_sizes: list                # [world], in numbers
-    gets: list                      # frozen runs' weights, those from rank 0 first
-    get_sizes: list                 # [world]
+    """One message of a refresh, from everybody to everybody."""
+    branches: set                   # it has weights of these
+    sends: list                     # for each rank a list of runs' weights, which this worker sends to it
+    gets: list                      # from each rank: frozen runs' weights
 
 
 class MaskedAllReduce:
@@ -564,6 +564,8 @@ class MaskedAllReduce:
     runs: what this worker trains.  sent_bytes: what it sends in one update.
     Raises ValueError for what SDP would train wrongly.
     """
+
+    _limit = math.inf
 
     def __init__(self, module, masks, layout, backward=False, timeout=None):
         self.module, self.masks, self.layout, self.timeout = module, masks, layout, timeout
@@ -596,7 +598,7 @@ class MaskedAllReduce:
         self.buckets = self._plan_buckets(all_runs)
         self.shares = torch.stack([bucket.share for bucket in self.buckets]).double()
         self.norms = []                                              # of the messages that have arrived
-        self.exchanges = self._plan_refresh(all_runs) if backward else []
+        self.exchanges = self._plan_refresh(all_runs, self._limit) if backward else []
         self._coming = []                                            # refresh messages under way
 
     def run(self, worker, *inputs):
@@ -666,9 +668,11 @@ class MaskedAllReduce:
             self.arrive()
 
     def _begin(self, exchange):
-        message = torch.cat([torch.empty(0, dtype=self.dtype, device=self.device), *exchange.sends])
-        new = message.new_empty(sum(exchange.get_sizes))
-        work = dist.all_to_all_single(new, message, exchange.get_sizes, exchange.send_sizes, async_op=True)
+        nothing = torch.empty(0, dtype=self.dtype, device=self.device)
+        message = torch.cat([nothing, *chain(*exchange.sends)])
+        sizes = [numels(weights) for weights in exchange.gets]
+        new = message.new_empty(sum(sizes))
+        work = dist.all_to_all_single(new, message, sizes, [numels(weights) for weights in exchange.sends], async_op=True)
         self._coming.append((work, message, new, exchange))          # keeps the message in memory until it has gone
 
     @torch.no_grad()
@@ -677,8 +681,9 @@ class MaskedAllReduce:
         while len(self._coming) > left:
             work, _, new, exchange = self._coming.pop(0)
             work.wait()
-            if exchange.gets:
-                torch._foreach_copy_(exchange.gets, new.split([weight.numel() for weight in exchange.gets]))
+            if len(new):
+                weights = list(chain(*exchange.gets))
+                torch._foreach_copy_(weights, new.split([weight.numel() for weight in weights]))
 
     def reset(self):
         """Drops all gradients: after an exception in the backward pass, which all ranks must have had alike."""
@@ -742,8 +747,8 @@ class MaskedAllReduce:
         return [self._bucket(holders, [run for run in self.runs if run.holders == holders])
                 for holders in self.groups if self.subnet in holders]
 
-    def _plan_refresh(self, all_runs):
-        """Who sends whom new weights.  One exchange a branch, in forward order.
+    def _plan_refresh(self, all_runs, limit):
+        """Who sends whom new weights: exchanges, in forward order, each with some `limit` numbers for each worker.
 
         Ranks n S to n S + S-1 are a family: between them they hold all subnets.  Weights never leave the family, so on a
         host with S devices they never leave the host.  Of the holders, the one with least to send so far sends.
@@ -754,28 +759,30 @@ class MaskedAllReduce:
             for subnet in run.holders:
                 load[subnet] += run.numel * (2 - 2 / self._count(run.holders))
         exchanges = []
-        for branch in self.masks:
-            sends = [[] for _ in range(self.world)]                  # runs' weights, for each rank
-            gets = [[] for _ in range(self.world)]                   # from each rank
-            for run in all_runs:
-                if self.layout[run.name][0] != branch:
-                    continue
-                for subnet in sorted(set(range(self.n_subnets)) - set(run.holders)):
-                    owner = min(run.holders, key=load.__getitem__)
-                    load[owner] += run.numel
-                    if self.subnet == owner:
-                        sends[family + subnet].append(run.param.data)
-                    elif self.subnet == subnet:
-                        gets[family + owner].append(run.param.data)
-            exchanges.append(Exchange(branch, sum(sends, []), [numels(runs) for runs in sends],
-                                      sum(gets, []), [numels(runs) for runs in gets]))
+        size = limit
+        for run in all_runs:
+            others = sorted(set(range(self.n_subnets)) - set(run.holders))
+            if not others:
+                continue
+            if size >= limit:
+                size = 0
+                exchanges.append(Exchange(set(), [[] for _ in range(self.world)], [[] for _ in range(self.world)]))
+            exchanges[-1].branches.add(self.layout[run.name][0])
+            size += run.numel * len(others) / self.n_subnets
+            for subnet in others:
+                owner = min(run.holders, key=load.__getitem__)
+                load[owner] += run.numel
+                if self.subnet == owner:
+                    exchanges[-1].sends[family + subnet].append(run.param.data)
+                elif self.subnet == subnet:
+                    exchanges[-1].gets[family + owner].append(run.param.data)
         return exchanges
 
     @property
     def sent_bytes(self):
         """What this worker sends in one update, in bytes."""
         reduced = sum(numels(run.param for run in bucket.runs) * (2 - 2 / self._count(bucket.holders)) for bucket in self.buckets)
-        refreshed = sum(sum(exchange.send_sizes) for exchange in self.exchanges)
+        refreshed = sum(numels(chain(*exchange.sends)) for exchange in self.exchanges)
         return reduced * self.wire_dtype.itemsize + refreshed * self.dtype.itemsize
 
     # -- the full model ----------------------------------------------------------------------------------------------
@@ -829,6 +836,7 @@ class SubnetDataParallel(MaskedAllReduce):
     def __init__(self, module, masks, layout, backward=False, timeout=None, bucket_bytes=16 * 2**20, reduce_dtype=None,
                  compile=False):
         self.bucket_bytes = bucket_bytes
+        self._limit = bucket_bytes / 4                               # of an exchange
         super().__init__(module, masks, layout, backward, timeout)
         self.wire_dtype = reduce_dtype or self.dtype
         # dynamic: compiled once, not once for each bucket's length
@@ -916,7 +924,7 @@ class SubnetDataParallel(MaskedAllReduce):
         Raises RuntimeError if the forward pass has not waited for the frozen weights that `refresh` asked for.
         """
         if self._coming:
-            raise RuntimeError(f"weights of {self._coming[0][-1].branch} were used before they had arrived: the module around "
+            raise RuntimeError(f"weights of {min(self._coming[0][-1].branches)} were used before they had arrived: the module around "
                                f"that branch was never called as one; call arrive() before the forward pass")
         for local in self.runs_in:
             if local not in self._taken:
@@ -938,9 +946,11 @@ class SubnetDataParallel(MaskedAllReduce):
     def _hook_arrivals(self):
         """Lets each branch wait for its weights: the module, that is, which has all of its parameters inside."""
         for i, exchange in enumerate(self.exchanges):
-            paths = [local.split(".")[:-1] for local, slot in self.slots.items() if self.layout[slot.name][0] == exchange.branch]
-            module = self.module.get_submodule(".".join(os.path.commonprefix(paths)))
-            self._hooks.append(module.register_forward_pre_hook(partial(self._wait, len(self.exchanges) - 1 - i)))
+            left = len(self.exchanges) - 1 - i
+            for branch in exchange.branches:
+                paths = [local.split(".")[:-1] for local, slot in self.slots.items() if self.layout[slot.name][0] == branch]
+                module = self.module.get_submodule(".".join(os.path.commonprefix(paths)))
+                self._hooks.append(module.register_forward_pre_hook(partial(self._wait, left)))
 
     def _wait(self, left, *_):
         self.arrive(left)
