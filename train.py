@@ -243,8 +243,8 @@ def train(args, device, checkpoint):
             skipped += 1
             in_a_row += 1
             if in_a_row == 10:
-                raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {now}: go "
-                                f"on from the last checkpoint with --resume and a smaller --lr")
+                raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {now}: "
+                                f"go on from the last checkpoint with --resume and a smaller --lr")
         optimizer.zero_grad()
         sync.refresh()                                               # backward masking: new frozen weights
         flops_done += flops * args.grad_accum
@@ -396,19 +396,13 @@ def compile_blocks(model):
             block.forward = torch.compile(block.forward)             # hooks stay outside
 
 
-class Whole(NamedTuple):
-    """A run of DDP's is a whole parameter."""
-    name: str
-    param: nn.Parameter
-
-
 class DataParallel:
     """torch's DistributedDataParallel with the interface of sdp.SubnetDataParallel, and no hook of ours."""
 
     def __init__(self, module, wire=None):
         for p in module.parameters():
             p.data = p.data.contiguous()                             # sdp.cut had laid it out by neurons
-        self.runs = [Whole(name, p) for name, p in module.named_parameters()]
+        self.runs = [sdp.Run(name, (0,), p.numel(), name, p) for name, p in module.named_parameters()]
         self.params = [run.param for run in self.runs]
         self.device = self.params[0].device
         self.workers, self.world = [dist.get_rank()], dist.get_world_size()

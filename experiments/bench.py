@@ -104,8 +104,8 @@ def main(argv=None):
         args.traces.mkdir(parents=True, exist_ok=True)
     where = "" if train.DISTRIBUTED else ", of which one at a time is here, without communication"
     say(
-        f"{args.model} on {args.data}, {world} workers{where}, {args.subnets} subnets, coverage {args.coverage}, "
-        f"{args.batch_size} a worker, {device.type}, {args.dtype}{', compiled' if args.compile else ''}"
+        f"{args.model} on {args.data}, {world} workers{where}, {args.subnets} subnets, "
+        f"coverage {args.coverage}, batch {args.batch_size} a worker, {device.type}, {args.dtype}{', compiled' if args.compile else ''}"
     )
     since = time.monotonic()
     for done in range(0, args.updates, TIMED):

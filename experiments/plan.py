@@ -113,7 +113,7 @@ class Sharded:
                 modules, mesh=mesh, reshard_after_forward=reshard and group != behind, mp_policy=policy
             )
         fully_shard(model, mesh=mesh, mp_policy=policy)
-        self.runs = [train.Whole(name, p) for name, p in model.named_parameters()]
+        self.runs = [sdp.Run(name, (0,), p.numel(), name, p) for name, p in model.named_parameters()]
 
     def run(self, worker, *inputs):
         return self.module(*inputs)
@@ -443,8 +443,8 @@ def main(argv=None):
     config, batch = shapes(args)
     world, all_designs = args.subnets, designs(args, config)
     say(
-        f"{args.model}, {world} workers, {args.subnets} subnets, coverage {args.coverage}, batch {args.batch_size}, "
-        f"{device.type}, {args.dtype}; who holds what at {args.level} level (subnets across):\n"
+        f"{args.model}, {world} workers, {args.subnets} subnets, coverage {args.coverage}, "
+        f"batch {args.batch_size}, {device.type}, {args.dtype}; who holds what at {args.level} level (subnets across):\n"
     )
     train.describe_masks(all_designs[f"sdp-forward-{args.level}"])
     for held in range(1, args.subnets + 1):

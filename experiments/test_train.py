@@ -570,7 +570,8 @@ LAYOUTS = [(4, ["--parallel", "ddp"]), (4, ["--coverage", "3/4"]),
 def test_a_checkpoint_resumes_bit_for_bit_under_any_layout(run_on, tmp_path, make_flags):
     """A run is resumed under five layouts in a row.
 
-    The first time it takes no step, only saves: model and optimizer are the saved ones, bit for bit.  Then it trains on, and the loss stays sane.
+    The first time it takes no step, only saves: model and optimizer are the saved ones, bit for bit.
+    Then it trains on, and the loss stays sane.
     """
     if make_flags is image_flags:
         more, prepare = ["--data", "shapes", "--batch-size", "2"], small_images_on_pool
@@ -1173,7 +1174,7 @@ def test_twenty_kills(run_on, tmp_path):
 
 
 def test_a_signal_saves_and_the_run_goes_on_from_there(run_on, tmp_path):
-    """One worker is told to end, or, as a cluster does it, torchrun, which tells all; or a terminal is lost."""
+    """One worker is told to end, or, as a cluster does it, torchrun, which tells all; or SIGHUP."""
     assert run_on(2, train_on_pool, flags(tmp_path, "--coverage", "1/2", out="whole", steps=60)) == [
         None,
         None,
