@@ -681,8 +681,7 @@ def open_checkpoint(out_dir):
                 if file.read(2) == b"PK":                            # an archive, as ours are
                     continue
             checkpoint = None
-        parts = {"model", "optimizer", "step", "config", "masks"}
-        if not isinstance(checkpoint, dict) or parts - checkpoint.keys():
+        if not is_ours(checkpoint):
             raise UserError(f"{path} is not a checkpoint of this program: move it, or take another --out-dir")
         if path != paths[0]:
             say(f"warning: {paths[0]} is damaged, going on from {path}")
@@ -690,6 +689,15 @@ def open_checkpoint(out_dir):
     if paths:
         raise UserError(f"{paths[0]} is damaged and no other is there: start again with --overwrite")
     return None, None
+
+
+def is_ours(checkpoint):
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("config"), dict):
+        return False
+    config = checkpoint["config"]
+    parts = {"model", "optimizer", "step", "masks"}
+    flags = {"data", "seed", "parallel", "subnets", "coverage", "level"}
+    return parts <= checkpoint.keys() and flags <= config.keys() and config.get("model") in DEFAULTS
 
 
 def kinds(x):

@@ -103,10 +103,9 @@ def main(argv=None):
     if args.traces:
         args.traces.mkdir(parents=True, exist_ok=True)
     where = "" if train.DISTRIBUTED else ", of which one at a time is here, without communication"
-    say(
-        f"{args.model} on {args.data}, {world} workers{where}, {args.subnets} subnets, "
-        f"coverage {args.coverage}, batch {args.batch_size} a worker, {device.type}, {args.dtype}{', compiled' if args.compile else ''}"
-    )
+    compiled = ", compiled" if args.compile else ""
+    say(f"{args.model} on {args.data}, {world} workers{where}, {args.subnets} subnets, "
+        f"coverage {args.coverage}, batch {args.batch_size} a worker, {device.type}, {args.dtype}{compiled}")
     since = time.monotonic()
     for done in range(0, args.updates, TIMED):
         rounds.append({})

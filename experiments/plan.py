@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE.parent))
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.fake_collectives import CollectiveOp
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed._tools.mod_tracker import ModTracker
@@ -214,30 +214,27 @@ def fake_model(design, rank, device, fake):
     return sdp.materialize(design.model(subnet), design.masks, design.layout, subnet, value, device)
 
 
-def wrap(design, module, fake=nullcontext()):
-    """-> sync, optimizer"""
+def wrap(design, module):
+    """-> sync, optimizer.  Masks, and what is planned from them, are real even where the model is fake."""
     args = design.args
+    alone_here = dist.get_backend() == "fake"
     if args.parallel.startswith("fsdp"):
-        mesh = init_device_mesh(next(module.parameters()).device.type, (dist.get_world_size(),))
-        with fake:
-            sync = Sharded(module, mesh, args.parallel == "fsdp", args.dtype == "bf16")
-    elif args.parallel == "ddp":
-        with fake:
-            alone_here = dist.get_backend() == "fake"
-            sync = train.DataParallel(
-                module, torch.bfloat16 if args.reduce_dtype == "bf16" and not alone_here else None
-            )
-            if alone_here:
-                hook = bf16_hook_without_peers if args.reduce_dtype == "bf16" else hook_without_peers
-                sync.module.register_comm_hook(None, hook)
+        with unset_fake_temporarily():
+            mesh = init_device_mesh(next(module.parameters()).device.type, (dist.get_world_size(),))
+        sync = Sharded(module, mesh, args.parallel == "fsdp", args.dtype == "bf16")
+    elif args.parallel == "sdp":
+        with unset_fake_temporarily():
+            sync = design.wrap(module)
+    elif alone_here:
+        sync = train.DataParallel(module)
+        sync.module.register_comm_hook(None, bf16_hook_without_peers if args.reduce_dtype == "bf16" else hook_without_peers)
     else:
         sync = design.wrap(module)
     optimizer = design.family.optimizer(sync.runs, design.layout, args.lr)
     if args.zero1:
         # torch's own: after its step each rank broadcasts the weights whose state it has
         groups = [dict(group) for group in optimizer.param_groups]
-        with fake:
-            optimizer = ZeroRedundancyOptimizer(groups, type(optimizer), lr=args.lr)
+        optimizer = ZeroRedundancyOptimizer(groups, type(optimizer), lr=args.lr)
     return sync, optimizer
 
 
@@ -272,8 +269,7 @@ def first_update(design, module, dataset, fake=nullcontext()):
     -> sync, optimizer, {"parameters": bytes, ..., "peak": bytes} at the moment of the peak, bytes sent.
     Inside a FakeTensorMode the tensors are mere shapes, and nothing is computed.
     """
-    # the tracker, of an empty state
-    warnings.filterwarnings("ignore", message="Expected a tensor or a traceable")
+    warnings.filterwarnings("ignore", message="Expected a tensor or a traceable")        # of an empty state
     tracker, sent = Tracker(), SentBytes()
     device = next(module.parameters()).device
 
@@ -282,18 +278,16 @@ def first_update(design, module, dataset, fake=nullcontext()):
         return {getattr(kind, "value", kind): size for kind, size in at.items()}
 
     autocast = autocast_of(design, device)
-    with tracker:
-        sync, optimizer = wrap(design, module, fake)
-        with fake:
-            for run in sync.runs:
-                run.param.grad = torch.zeros_like(run.param)
-            optimizer.step()  # an optimizer makes its state in its first step
-            optimizer.zero_grad()
-            # which tensors are what
-            tracker.track_external(sync.module, getattr(optimizer, "optim", optimizer))
-    # what is left is DDP's buckets
+    with fake, tracker:
+        sync, optimizer = wrap(design, module)
+        for run in sync.runs:
+            run.param.grad = torch.zeros_like(run.param)
+        optimizer.step()                                             # it makes its state in its first step
+        optimizer.zero_grad()
+        # Now the tracker learns which tensors are what, and what is left is DDP's buckets
+        tracker.track_external(sync.module, getattr(optimizer, "optim", optimizer))
     buckets = snapshot("current")["Activation"] if design.args.parallel == "ddp" else 0
-    updates = 2 if design.backward else 1  # what the first one refreshes arrives in the second
+    updates = 2 if design.backward else 1                            # refreshed weights arrive in the second
     with fake, tracker, sent:                                        # the peak is counted from here
         tracker._track_module_params_and_buffers(sync.module)        # and gradients are known as such
         for _ in range(updates):
@@ -442,10 +436,8 @@ def main(argv=None):
     device, _ = train.pick_device(args.device)
     config, batch = shapes(args)
     world, all_designs = args.subnets, designs(args, config)
-    say(
-        f"{args.model}, {world} workers, {args.subnets} subnets, coverage {args.coverage}, "
-        f"batch {args.batch_size}, {device.type}, {args.dtype}; who holds what at {args.level} level (subnets across):\n"
-    )
+    say(f"{args.model}, {world} workers, {args.subnets} subnets, coverage {args.coverage}, "
+        f"batch {args.batch_size}, {device.type}, {args.dtype}; who holds what at {args.level} level (subnets across):\n")
     train.describe_masks(all_designs[f"sdp-forward-{args.level}"])
     for held in range(1, args.subnets + 1):
         coverage = f"{held}/{args.subnets}"

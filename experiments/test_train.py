@@ -788,7 +788,7 @@ def test_as_a_program_it_ends_with_one_line(tmp_path):
             ),
             b"needs a C++ compiler",
         ),
-        (python(fine, "def full(*_): raise MemoryError\ntrain.train = full"), b"out of memory"),
+        (python(fine, "def full(*_): raise MemoryError('2 GB')\ntrain.train = full"), b"out of memory"),
     ]
     with open("/dev/full", "w") as full:
         program = [sys.executable, "train.py", *fine]
@@ -1175,13 +1175,14 @@ def test_twenty_kills(run_on, tmp_path):
 
 def test_a_signal_saves_and_the_run_goes_on_from_there(run_on, tmp_path):
     """One worker is told to end, or, as a cluster does it, torchrun, which tells all; or SIGHUP."""
-    assert run_on(2, train_on_pool, flags(tmp_path, "--coverage", "1/2", out="whole", steps=60)) == [
+    few = ["--coverage", "1/2", "--eval-every", 100, "--save-every", 100]
+    assert run_on(2, train_on_pool, flags(tmp_path, *few, out="whole", steps=60)) == [
         None,
         None,
     ]
     lines, saved = 4, 0
     for target, number in ("worker", signal.SIGTERM), ("torchrun", signal.SIGTERM), ("worker", signal.SIGHUP):
-        run = Torchrun(2, flags(tmp_path, "--coverage", "1/2", "--resume", steps=60))
+        run = Torchrun(2, flags(tmp_path, *few, "--resume", steps=60))
         run.wait_for_line(tmp_path / "out" / "metrics.jsonl", lines)
         os.kill(run.workers()[1] if target == "worker" else run.process.pid, number)
         code, out, err = run.end()
@@ -1190,35 +1191,53 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(run_on, tmp_path):
         saved, before = load(tmp_path)["step"], saved
         assert before < saved < 60
         lines = saved + 2
-    assert run_on(2, train_on_pool, flags(tmp_path, "--coverage", "1/2", "--resume", steps=60)) == [
+    assert run_on(2, train_on_pool, flags(tmp_path, *few, "--resume", steps=60)) == [
         None,
         None,
     ]
     assert same_checkpoint(tmp_path / "whole", tmp_path / "out")
 
 
-def test_ctrl_c_saves_and_a_second_one_does_not_wait(tmp_path):
-    for presses, code, said in (1, 0, b""), (
-        2,
-        130,
-        b"error: interrupted once more: nothing else is saved\n",
-    ):
-        out = tmp_path / str(presses)
-        run = subprocess.Popen(
-            [sys.executable, "train.py", *flags(tmp_path, out=str(presses), steps=5000)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=ENVIRONMENT,
-        )
-        while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
-            time.sleep(0.02)
-        for _ in range(presses):
-            run.send_signal(signal.SIGINT)
-            time.sleep(0.001)
-        shown, errors = run.communicate(timeout=60)
-        assert run.returncode == code and errors == said
-        assert (b"told to stop: saved after step" in shown) == (out / "ckpt.pt").exists() == (presses == 1)
+SLOW_TO_SAVE = """
+import sys, time, train
+real, seconds = train.write_checkpoint, int(sys.argv.pop())
+
+def slowly(*args):
+    print("saving", flush=True)
+    time.sleep(seconds)
+    real(*args)
+
+train.write_checkpoint = slowly
+train.run(train.main)
+"""
+
+
+@pytest.mark.parametrize(
+    "presses,code,said", [(1, 0, ""), (2, 130, "error: interrupted once more: nothing else is saved\n")]
+)
+def test_ctrl_c_saves_and_a_second_one_does_not_wait(tmp_path, presses, code, said):
+    arguments = [*flags(tmp_path, "--save-every", 5000, steps=5000), str(60 * (presses - 1))]
+    run = subprocess.Popen(
+        [sys.executable, "-c", SLOW_TO_SAVE, *arguments],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
+    lines = iter(run.stdout.readline, "")
+    next(line for line in lines if line.startswith("step "))
+    run.send_signal(signal.SIGINT)
+    if presses == 2:
+        next(line for line in lines if line == "saving\n")
+        run.send_signal(signal.SIGINT)
+    shown, errors = run.communicate(timeout=50)
+    assert run.returncode == code and errors == said
+    assert (
+        ("told to stop: saved after step" in shown)
+        == (tmp_path / "out" / "ckpt.pt").exists()
+        == (presses == 1)
+    )
 
 
 def test_an_out_dir_has_one_owner_and_workers_end_with_torchrun(tmp_path):
