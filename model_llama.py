@@ -167,14 +167,16 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each behind its RMSNorm: x + f(norm(x)).
+    """Attention and MLP, each behind its RMSNorm: x + scale * f(norm(x)).
 
     `held` and `rest` are (KV heads, hidden units).  The held neurons train here.  Under backward masking the layer also
     runs all the other neurons, frozen: the child `rest` has them, and a branch is held(x) + rest(x).
+    `scales` are two numbers, 1.0 in the full model: see `Llama`.
     """
 
-    def __init__(self, c, held, rest):
+    def __init__(self, c, held, rest, scales):
         super().__init__()
+        self.scales = scales
         norm = lambda n: nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps) if n else None
         self.input_layernorm = norm(held[0] + rest[0])
         self.self_attn = Attention(c, held[0]) if held[0] else None
@@ -188,11 +190,11 @@ class Layer(nn.Module):
         if self.input_layernorm is not None:                         # None: the branch is absent here, x <- x
             normed = self.input_layernorm(x)
             for part in filter(None, (self.self_attn, self.rest.self_attn)):
-                x = x + part(normed, rope)
+                x = torch.add(x, part(normed, rope), alpha=self.scales[0])       # x + scale * part
         if self.post_attention_layernorm is not None:
             normed = self.post_attention_layernorm(x)
             for part in filter(None, (self.mlp, self.rest.mlp)):
-                x = x + part(normed)
+                x = torch.add(x, part(normed), alpha=self.scales[1])
         return x
 
 
@@ -201,17 +203,21 @@ class Llama(nn.Module):
 
     held: branch name -> number of neurons built; by default all of them, which is the full model.
     backward: build the neurons that are not held as well, as frozen `rest` modules (backward masking).
+    scales: branch name -> a number that the branch's output is multiplied by; by default 1.0.  Under forward masking a
+        branch is a part of a sum, and `sdp.branch_scales` says what brings it to the size of the whole.  No parameter.
     """
 
-    def __init__(self, c, held=None, backward=False):
+    def __init__(self, c, held=None, backward=False, scales=None):
         super().__init__()
         self.config, self.checkpoint_activations = c, False
         full = {name: neurons for name, (_, neurons, *_) in branches(c).items()}
         held = full if held is None else held
+        scales = dict.fromkeys(full, 1.0) if scales is None else scales
 
         def layer(i):
             names = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-            return Layer(c, [held[b] for b in names], [full[b] - held[b] if backward else 0 for b in names])
+            rest = [full[b] - held[b] if backward else 0 for b in names]
+            return Layer(c, [held[b] for b in names], rest, [scales[b] for b in names])
 
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),

@@ -296,6 +296,21 @@ def balanced_sets(cost, size, n_subnets, held, seed):
 # Under backward masking, modules whose path has the part `rest` have the frozen neurons: a.rest.b.weight is cut from the
 # full model's a.b.weight, and the branch is held(x) + rest(x).
 
+def branch_scales(masks, subnet):
+    """{branch: the number that forward masking multiplies this subnet's branch by}: 1/C where the coverage is C.
+
+    A subnetwork's branch is a part of a sum, and the full model adds up the whole.  Times S/|H_n|, where |H_n| of the S
+    subnets hold neuron n, the mean over all subnetworks is the full branch: each neuron is in |H_n| of them, and
+    |H_n| * S/|H_n| / S = 1.  Dropout and stochastic depth (arXiv 1603.09382) scale for the same reason.  A branch has one
+    number; where its neurons have different numbers of holders, it is the mean over those held here.
+    """
+    scales = {}
+    for branch, mask in masks.items():
+        holders = mask.sum(1)[mask[:, subnet]].double()              # of each neuron this subnet holds
+        scales[branch] = mask.shape[1] * float((1 / holders).mean()) if len(holders) else 1.0
+    return scales
+
+
 class Slot(NamedTuple):
     """Where a parameter of a subnetwork lies in the full model."""
     name: str                       # of the full parameter
