@@ -4,47 +4,41 @@ Trains a LLaMA or a ResNet-18 with Subnetwork Data Parallelism.
     torchrun --standalone --nproc-per-node=4 train.py         four workers, a subnetwork each
     torchrun --standalone --nproc-per-node=4 train.py --model resnet18 --data cifar10
     python train.py --subnets 8                               the same method, simulated in one process
-    python train.py --model llama-1b --subnets 8 --plan       what a worker would need, and who holds what; trains nothing
-    torchrun --standalone --nproc-per-node=4 train.py --bench 12     times updates, measures memory and bytes, DDP and FSDP2 beside
     python train.py --resume --out-dir out --sample "def "    prints text from a checkpoint
+
+In reading order: flags; `train`, the whole run; then what it calls.
 """
 
 import argparse
 import ctypes
-import gc
+import fcntl
 import hashlib
 import json
 import math
 import os
+import pickle
+import shutil
 import signal
 import sys
 import time
 import zipfile
-from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from statistics import median
+from types import ModuleType
+from typing import NamedTuple
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")                      # torch.profiler (--bench) has much to say
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.distributed._tools.fake_collectives import CollectiveOp
-from torch.distributed._tools.mem_tracker import MemTracker
-from torch.distributed._tools.mod_tracker import ModTracker
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.hooks import RemovableHandle
 
 import data
 import model_llama as llama
@@ -52,93 +46,706 @@ import model_resnet as resnet
 import sdp
 from data import UserError
 
-# The flags whose default depends on the model, or on the data.  On two cores llama-tiny takes minutes, and so does resnet18
-# on shapes.  On CIFAR four workers have the usual batch of 128 between them, and 200 epochs.
+# The flags whose default depends on the model, or on the data.  On two cores llama-tiny takes minutes, and so
+# does resnet18 on shapes.  On CIFAR four workers have the usual batch of 128 between them, and 200 epochs.
 DEFAULTS = {
     "llama-tiny": dict(data="stdlib", steps=250, batch_size=16, seq_len=128, lr=2e-3, eval_every=100),
     "llama-134m": dict(data="stdlib", steps=10000, batch_size=8, seq_len=1024, lr=6e-4, eval_every=100),
     "llama-500m": dict(data="stdlib", steps=20000, batch_size=4, seq_len=2048, lr=4e-4, eval_every=100),
     "llama-1b": dict(data="stdlib", steps=40000, batch_size=2, seq_len=2048, lr=3e-4, eval_every=100),
     "resnet18": dict(data="cifar10", steps=78000, batch_size=32, lr=0.1, eval_every=2000),
-    "shapes": dict(steps=300, batch_size=16, lr=0.03, eval_every=100),
 }
-STATISTICS_IMAGES = 1024                                             # training images that batch norm's statistics come from
+SHAPES = dict(steps=300, batch_size=16, lr=0.03, eval_every=100)
+STATISTICS_IMAGES = 1024            # batch norm's statistics come from so many training images
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
-# ---------------------------------------------------------------------------------------------------------------------
-
-def at_least(least):
-    def integer(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
-        return int(text)
-    return integer
+def adamw(runs, layout, lr):
+    """The usual recipe for text.  Of the full model's parameters the matrices decay, the norms do not."""
+    matrices = [run.param for run in runs if len(layout[run.name][2]) > 1]
+    vectors = [run.param for run in runs if len(layout[run.name][2]) <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-positive = at_least(1)
+def momentum(runs, layout, lr):
+    """The usual recipe for CIFAR, as in arXiv 1708.04552, section 4.1."""
+    params = [run.param for run in runs]
+    return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
-def parse(argv):
-    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+class Family(NamedTuple):
+    """All in which models of text and models of images differ here."""
+    module: ModuleType              # with branches, layout, init, loss, PRESETS
+    Model: type
+    size: str                       # the size in the model's config that the data decides
+    optimizer: Callable
+    moments: tuple                  # the optimizer's state of each weight
+    max_norm: float                 # gradients are clipped to it; recipes for images do not clip
+    last_lr: float                  # where the schedule ends, as a part of the peak
+    classifies: bool                # then accuracy is of interest
+
+
+TEXT = Family(llama, llama.Llama, "vocab_size", adamw, ("exp_avg", "exp_avg_sq"), 1.0, 0.1, False)
+IMAGES = Family(resnet, resnet.ResNet, "num_classes", momentum, ("momentum_buffer",), math.inf, 0.0, True)
+FAMILIES = {model: IMAGES if model in resnet.PRESETS else TEXT for model in DEFAULTS}
+
+
+# -- Flags -----------------------------------------------------------------------------------------
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
+def shared_flags(description):
+    """A parser with the flags that train.py, experiments/plan.py and experiments/bench.py have in common."""
+    p = data.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=list(DEFAULTS), help="[llama-tiny]")
-    p.add_argument("--data", help="stdlib, fineweb, the path of a .bin token file; cifar10, cifar100, shapes [stdlib, or cifar10]")
-    p.add_argument("--parallel", choices=["sdp", "ddp"], default="sdp", help="[%(default)s]")
-    p.add_argument("--masking", choices=["forward", "backward"], default="forward", help="[%(default)s]")
-    p.add_argument("--level", choices=["block", "neuron"], default="block", help="[%(default)s]")
-    p.add_argument("--coverage", help="k/S: part of the model each worker trains [the smallest that is at least 0.75]")
-    p.add_argument("--subnets", type=positive, help="S: number of different subnetworks [number of workers; 4 without torchrun]")
-    p.add_argument("--seed", type=at_least(0), default=0, help="[%(default)s]")
-    p.add_argument("--steps", type=positive, help="number of updates [by model]")
-    p.add_argument("--flop-match", action="store_true", help="more steps, until the workers' mean FLOPs are those of DDP over --steps")
-    p.add_argument("--batch-size", type=positive, help="sequences or images per worker and micro-step [by model]")
+    p.add_argument("--data", help="stdlib, fineweb, PATH.bin; cifar10, cifar100, shapes [stdlib, or cifar10]")
+    p.add_argument("--level", choices=list(sdp.MASKS), default="block", help="mask function [%(default)s]")
+    p.add_argument("--coverage", help="k/S: part of the model a worker trains [the smallest from 0.75 on]")
+    p.add_argument("--subnets", type=positive, help="S: different subnetworks [workers; 4 without torchrun]")
+    p.add_argument("--seed", type=int, default=0, help="[%(default)s]")
+    p.add_argument("--batch-size", type=positive, help="per worker and micro-step [by model]")
     p.add_argument("--seq-len", type=positive, help="tokens per sequence [by model]")
     p.add_argument("--lr", type=float, help="peak learning rate [by model]")
     p.add_argument("--grad-accum", type=positive, default=1, help="micro-steps per update [%(default)s]")
-    p.add_argument("--eval-every", type=positive, help="updates between evaluations [by model]")
-    p.add_argument("--save-every", type=positive, default=500, help="updates between checkpoints [%(default)s]")
-    p.add_argument("--log-every", type=positive, default=10, help="updates between lines of output [%(default)s]")
-    p.add_argument("--out-dir", type=Path, default=Path("out"), help="[%(default)s]")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out-dir, if there is one")
-    p.add_argument("--overwrite", action="store_true", help="delete the run in --out-dir first")
     p.add_argument("--device", help="cpu or cuda [cuda where there is one]")
-    p.add_argument("--timeout", type=positive, default=600, help="seconds to wait for a worker that does not answer [%(default)s]")
-    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the matrix products; weights are fp32 [%(default)s]")
-    p.add_argument("--compile", action="store_true", help="torch.compile, block by block")
-    p.add_argument("--checkpoint-activations", action="store_true", help="recompute each block in the backward pass")
-    p.add_argument("--plan", action="store_true", help="print who holds what, and what each variant needs; train nothing")
-    p.add_argument("--bench", metavar="N", type=positive, help="time N updates of each variant, measure memory and bytes; train nothing")
+    p.add_argument("--timeout", type=positive, default=600, help="seconds to wait for others [%(default)s]")
+    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of products [%(default)s]")
+    p.add_argument("--reduce-dtype", choices=["fp32", "bf16"], default="fp32", help="of sums [%(default)s]")
+    p.add_argument("--compile", action="store_true", help="torch.compile of each block and bucket")
+    p.add_argument("--checkpoint-activations", action="store_true", help="compute blocks twice, keep less")
+    return p
+
+
+def parse(argv):
+    p = shared_flags(__doc__)
+    p.add_argument("--parallel", choices=["sdp", "ddp"], default="sdp", help="[%(default)s]")
+    p.add_argument("--masking", choices=["forward", "backward"], default="forward", help="[%(default)s]")
+    p.add_argument("--steps", type=positive, help="number of updates [by model]")
+    p.add_argument("--flop-match", action="store_true", help="more steps: the FLOPs of DDP over --steps")
+    p.add_argument("--eval-every", type=positive, help="updates between evaluations [by model]")
+    p.add_argument("--save-every", type=positive, default=500, help="updates between checkpoints [500]")
+    p.add_argument("--log-every", type=positive, default=10, help="updates between lines of output [10]")
+    p.add_argument("--out-dir", default="out", help="[%(default)s]")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out-dir, if any")
+    p.add_argument("--overwrite", action="store_true", help="delete the run in --out-dir first")
     p.add_argument("--sample", metavar="TEXT", help="with --resume: print a continuation of TEXT and stop")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite contradict each other; give one of them")
+    for flag in "compile", "checkpoint-activations":
+        if vars(args)[flag.replace("-", "_")] and not DISTRIBUTED:
+            raise UserError(f"--{flag} needs real workers: start with torchrun --nproc-per-node=1 or more")
+    return args
 
 
-def coverage_to_held(text, subnets):
+def coverage_to_held(text, n_subnets):
     """k of a coverage k/S given as a number or a fraction."""
     if text is None:
-        return math.ceil(Fraction(3, 4) * subnets)
+        return math.ceil(Fraction(3, 4) * n_subnets)
     try:
-        k = Fraction(text) * subnets
+        k = Fraction(text) * n_subnets
     except (ValueError, ZeroDivisionError):
         raise UserError(f"--coverage {text} is neither a number nor a fraction such as 5/8") from None
-    if not 0 < k <= subnets:
+    if not 0 < k <= n_subnets:
         raise UserError(f"--coverage {text} must be more than 0 and at most 1")
-    if not round(k) or abs(k - round(k)) > Fraction(1, 1000):        # 0.33 is not 1/3, but 0.3333 is
-        near = [f"{i}/{subnets}" for i in (math.floor(k), math.ceil(k)) if i]
-        raise UserError(f"--coverage {text} is not a multiple of 1/{subnets} (one part per subnet); the nearest are {' and '.join(near)}")
+    if round(k) == 0 or abs(k - round(k)) > Fraction(1, 1000):       # 0.33 is not 1/3, but 0.3333 is
+        near = " and ".join(f"{i}/{n_subnets}" for i in (math.floor(k), math.ceil(k)) if i)
+        raise UserError(f"--coverage {text} is not a multiple of 1/{n_subnets}; the nearest are {near}")
     return round(k)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The processes
-# ---------------------------------------------------------------------------------------------------------------------
+def settle(args, saved):
+    """Fills in what the flags leave open, and refuses what cannot be.  saved: checkpoint's config or {}."""
+    if saved and args.model not in (None, saved["model"]):
+        raise UserError(f"--model {args.model} contradicts the checkpoint, which has {saved['model']}")
+    args.model = args.model or saved.get("model", "llama-tiny")
+    if args.data is None:
+        args.data = saved.get("data", DEFAULTS[args.model]["data"])
+    for flag, value in {**DEFAULTS[args.model], **(SHAPES if args.data == "shapes" else {})}.items():
+        if getattr(args, flag, None) is None:
+            setattr(args, flag, value)
+    if FAMILIES[args.model] is IMAGES:
+        if args.data not in data.IMAGES:
+            known = ", ".join(data.IMAGES)
+            raise UserError(f"{args.model} reads images: --data can be {known}, not {args.data}")
+        if args.seq_len is not None:
+            raise UserError(f"--seq-len is for text, and {args.model} reads images")
+    else:
+        if args.data in data.IMAGES:
+            raise UserError(f"--data {args.data} holds images, {args.model} reads text: use --model resnet18")
+        context = llama.PRESETS[args.model].max_position_embeddings
+        if args.seq_len > context:
+            raise UserError(f"--seq-len {args.seq_len} is longer than the context of {args.model}, {context}")
+    if not 0 < args.lr < 1e6:
+        raise UserError(f"--lr must be a positive number below a million, not {args.lr}")
+    if args.seed < 0:
+        raise UserError(f"--seed must be at least 0, not {args.seed}")
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        raise UserError("--compile needs a C++ compiler: install g++, or name yours in the variable CXX")
+    args.subnets = args.subnets or (WORLD if DISTRIBUTED else 4)
+    if DISTRIBUTED and WORLD % args.subnets:
+        raise UserError(f"--subnets {args.subnets} does not divide the number of workers, {WORLD}")
+    args.coverage = f"{coverage_to_held(args.coverage, args.subnets)}/{args.subnets}"
 
-DISTRIBUTED = "RANK" in os.environ                                   # started by torchrun
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+# -- The run ---------------------------------------------------------------------------------------
+
+def train(args, device, checkpoint):
+    """Set-up, loop, evaluations, checkpoints.  -> False if it did not come to an end."""
+    # Data, model, and masks: which of the S subnetworks holds which neuron
+    saved = checkpoint["config"] if checkpoint else {}
+    settle(args, saved)
+    dataset, config = load_data(args, device)
+    design = Design(args, config)
+    start, updates = check(checkpoint, design, dataset) if checkpoint else (0, 0)
+    agree({"data": dataset.digest, "masks": digest(design.masks)})
+    out_dir = Path(args.out_dir).expanduser()
+    first_rank_first(partial(claim, out_dir, args.resume, args.overwrite, start))
+    workers = WORLD if DISTRIBUTED else args.subnets
+    batch = dataset.batch("train", 0, 0, 1)
+    describe(design, dataset, saved, workers, device)
+    flops, ddp_flops = measure_workers(design, batch)                # of one micro-step
+    steps = round(args.steps * ddp_flops / flops) if args.flop_match else args.steps
+    if start >= steps:
+        say(f"nothing to do: the checkpoint in {out_dir} is of step {start}, and the run has {steps} steps")
+        return False
+
+    # This process's worker (without torchrun all of them), and the optimizer of what it trains
+    sync = build(design, device, workers, checkpoint)
+    optimizer = design.family.optimizer(sync.runs, design.layout, args.lr)
+    if updates:
+        restore(optimizer, sync, checkpoint["optimizer"])
+    full = design.full_model()                                       # to evaluate
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
+    flops_done = saved.get("flops", 0)
+    skipped = in_a_row = 0                                           # updates that were not finite
+    since, timed = time.perf_counter(), start                        # when and where the clock was started
+
+    for step in range(start, steps):
+        now, end = step + 1, step + 1 == steps
+        phase(f"step {now}")
+        lr = learning_rate(step, steps, args.lr, design.family.last_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = accumulate(sync, dataset, step, args.grad_accum, autocast)
+        # Norm, loss and the wish to stop travel in one message, and the host waits for the device but once
+        message = sync.clip_grad_norm(design.family.max_norm, loss / workers, float(STOP))
+        norm, loss, stops = message.tolist()
+        if math.isfinite(norm) and math.isfinite(loss):              # alike on all ranks
+            optimizer.step()
+            updates += 1
+            in_a_row = 0
+        else:
+            skipped += 1
+            in_a_row += 1
+            if in_a_row == 10:
+                raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {now}: "
+                                f"go on from the last checkpoint with --resume and a smaller --lr")
+        optimizer.zero_grad()
+        sync.refresh()                                               # backward masking: new frozen weights
+        flops_done += flops * args.grad_accum
+
+        evaluates = end or (now % args.eval_every == 0 and not stops)        # there may be no time
+        if evaluates or now % args.log_every == 0:
+            ms = (time.perf_counter() - since) * 1000 / (now - timed)
+            speed = workers * args.grad_accum * batch[1].numel() / ms * 1000
+            sent_bytes, peak = largest_of_ranks(sync)
+            line = {"step": now, "loss": loss, "lr": lr, "grad_norm": norm, "step_ms": ms,
+                    f"{dataset.unit}_per_s": speed, "sent_bytes": sent_bytes, "peak_mem_bytes": peak,
+                    "flops": flops_done, "skipped": skipped}
+            say(f"step {now:5}/{steps}  loss {loss:.4f}  {ms:6.0f} ms/step  {speed:8.0f} {dataset.unit}/s  "
+                f"{(steps - now) * ms / 60000:5.1f} min left")
+            if evaluates:
+                phase(f"the evaluation after step {now}")
+                statistics = estimate_statistics(sync, full, dataset, autocast)
+                line |= evaluate(sync, full, dataset, design.family, autocast)
+            first_rank_first(partial(log, out_dir / "metrics.jsonl", line))
+            since, timed = time.perf_counter(), now
+        if end or stops or now % args.save_every == 0:
+            phase(f"the checkpoint after step {now}")
+            paused = time.perf_counter()
+            if not evaluates:
+                statistics = estimate_statistics(sync, full, dataset, autocast)
+            facts = {**design.facts(), "data_digest": dataset.digest, "flops": flops_done}
+            save_checkpoint(out_dir, sync, optimizer, now, updates, facts, design.masks, statistics)
+            since += time.perf_counter() - paused                    # not a part of any step
+        if stops and not end:
+            say(f"told to stop: saved after step {now}; the same command with --resume goes on from there")
+            return False
+    return True
 
 
-PHASE = "start-up"                                                   # what to name when the other workers are lost
-STOP = False                                                         # SIGTERM has come: somebody wants this machine back
+def accumulate(sync, dataset, step, micro_steps, autocast):
+    """Forward and backward passes of one update.  -> sum of this process's workers' losses, on the device."""
+    total = 0.0
+    for worker in sync.workers:                                      # one under torchrun, all of them without
+        for micro in range(micro_steps):
+            inputs = dataset.batch("train", step * micro_steps + micro, worker, sync.world)
+            with nullcontext() if micro == micro_steps - 1 else sync.no_sync():
+                with autocast:
+                    loss = sync.run(worker, *(t.to(sync.device) for t in inputs)) / micro_steps
+                loss.backward()
+            total = total + loss.detach()
+    sync.finish()                                                    # now gradients are averages
+    return total
+
+
+def learning_rate(step, steps, peak, last):
+    """Warm-up over the first 5 %, then a cosine down to `last` times the peak."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * (last + (1 - last) * (0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))))
+
+
+# -- From flags to workers -------------------------------------------------------------------------
+
+def load_data(args, device):
+    """-> the data set, and the model's sizes made to fit it."""
+    phase("loading the data")
+    first_rank_first(partial(data.download_images, args.data))
+    dataset = data.load(args.data, args.batch_size, args.seq_len, args.seed, device)
+    family = FAMILIES[args.model]
+    return dataset, replace(family.module.PRESETS[args.model], **{family.size: getattr(dataset, family.size)})
+
+
+class Design:
+    """Who holds what, as the flags say: the same on every rank.  It needs no memory of the model's size."""
+
+    def __init__(self, args, config):
+        self.args, self.config, self.family = args, config, FAMILIES[args.model]
+        self.branches, self.layout = self.family.module.branches(config), self.family.module.layout(config)
+        self.backward = args.masking == "backward"
+        self.mask_seed, self.masks = args.seed, self.make_masks(args.seed)
+
+    def make_masks(self, seed):
+        if self.args.parallel != "sdp":                              # one subnetwork, which holds everything
+            return {name: torch.ones(b[1], 1, dtype=torch.bool) for name, b in self.branches.items()}
+        held = coverage_to_held(self.args.coverage, self.args.subnets)
+        return sdp.MASKS[self.args.level](self.branches, self.args.subnets, held, seed)
+
+    def keep_masks(self, saved, masks):
+        """Takes a checkpoint's masks, if flags are as they were and the mask function still makes them."""
+        seed = saved.get("mask_seed", saved["seed"])
+        if any(saved[flag] != vars(self.args)[flag] for flag in ("parallel", "subnets", "coverage", "level")):
+            say("new masks: --parallel, --subnets, --coverage or --level is not as it was")
+        elif digest(self.make_masks(seed)) != digest(masks):
+            say("new masks: the mask function does not make the saved ones any more")
+        else:
+            say("the masks are the saved ones")
+            self.mask_seed, self.masks = seed, masks
+
+    @property
+    def n_subnets(self):
+        return next(iter(self.masks.values())).shape[1]
+
+    def facts(self):
+        """What a checkpoint says of the run: sizes and flags, plain values."""
+        return {**vars(self.args), **asdict(self.config), "mask_seed": self.mask_seed}
+
+    def full_model(self):
+        with torch.device("meta"):                                   # shapes without memory
+            return self.family.Model(self.config)
+
+    def model(self, subnet):
+        """The model that a worker with this subnetwork trains, on the meta device."""
+        with torch.device("meta"):
+            model = self.family.Model(self.config, sdp.held_counts(self.masks, subnet), self.backward)
+        model.checkpoint_activations = self.args.checkpoint_activations
+        for local, slot in sdp.slots(model, self.masks, self.layout, subnet).items():
+            model.get_parameter(local).requires_grad_(slot.trains)
+        return model
+
+    def initial(self):
+        """value(full name) -> the full parameter at the start of a run."""
+        return sdp.fresh(self.layout, partial(self.family.module.init, self.config), self.args.seed)
+
+    def wrap(self, module):
+        """Makes this rank's model, which has its weights, ready to be trained as --parallel says."""
+        wire = torch.bfloat16 if self.args.reduce_dtype == "bf16" else None
+        if self.args.parallel == "ddp":
+            return DataParallel(module, wire)
+        wait = timedelta(seconds=self.args.timeout)
+        return sdp.SubnetDataParallel(module, self.masks, self.layout, self.backward, timeout=wait,
+                                      reduce_dtype=wire, compile=self.args.compile)
+
+
+def build(design, device, workers, checkpoint):
+    """This process's worker, or without torchrun all of them, with the checkpoint's weights or new ones."""
+    value = checkpoint["model"].__getitem__ if checkpoint else design.initial()
+    if not DISTRIBUTED:
+        modules = [design.model(subnet) for subnet in range(design.n_subnets)]
+        return sdp.Simulation(modules, design.masks, design.layout, value, workers, device)
+    subnet = RANK % design.n_subnets
+    module = sdp.materialize(design.model(subnet), design.masks, design.layout, subnet, value, device)
+    sync = design.wrap(module)
+    if design.args.compile:
+        compile_blocks(module)
+    return sync
+
+
+def compile_blocks(model):
+    """Block by block, so that gradients still come one block at a time; equal blocks are compiled once."""
+    for path, _ in model.stages():
+        if "layer" in path:
+            block = model.get_submodule(path)
+            block.forward = torch.compile(block.forward)             # hooks stay outside
+
+
+class DataParallel:
+    """torch's DistributedDataParallel with the interface of sdp.SubnetDataParallel, and no hook of ours."""
+
+    def __init__(self, module, wire=None):
+        for p in module.parameters():
+            p.data = p.data.contiguous()                             # sdp.cut had laid it out by neurons
+        self.runs = [sdp.Run(name, (0,), p.numel(), name, p) for name, p in module.named_parameters()]
+        self.params = [run.param for run in self.runs]
+        self.device = self.params[0].device
+        self.workers, self.world = [dist.get_rank()], dist.get_world_size()
+        self.module = DistributedDataParallel(module, gradient_as_bucket_view=True, init_sync=False)
+        if wire:
+            self.module.register_comm_hook(None, bf16_compress_hook)
+        self.no_sync = self.module.no_sync
+        nbytes = sum(p.numel() * (wire or p.dtype).itemsize for p in self.params)
+        self.sent_bytes = 2 * (1 - 1 / self.world) * nbytes
+
+    def run(self, worker, *inputs):
+        return self.module(*inputs)
+
+    def finish(self):
+        pass                                                         # DDP has waited; no weights are frozen
+
+    refresh = finish
+    close = finish
+
+    def clip_grad_norm(self, max_norm, *scalars):
+        packet = [nn.utils.clip_grad_norm_(self.params, max_norm) / self.world, *scalars]
+        packet = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in packet])
+        dist.all_reduce(packet)
+        return packet
+
+    def cut(self, run, full):
+        return full
+
+    def gather(self, tensors=None, under=""):
+        for run, tensor in zip(self.runs, tensors or self.params):
+            if run.name.startswith(under):
+                yield run.name, tensor.detach()
+
+
+# -- What is said of a run before it begins --------------------------------------------------------
+
+UNIMPORTANT = "out_dir resume overwrite sample device timeout data eval_every save_every log_every".split()
+
+
+def describe(design, dataset, saved, workers, device):
+    """Prints what is trained, where, with which masks, and what is not as it was before --resume."""
+    args = design.args
+    synthetic = " (synthetic)" if args.data == "shapes" else ""
+    where = "" if DISTRIBUTED else " simulated in this process"
+    say(f"{args.model} on {args.data}{synthetic}, {args.parallel}, {workers} workers{where}, {device.type}, "
+        f"{args.dtype}; validation: {dataset.validation}")
+    changed = [f"--{flag.replace('_', '-')} {value} (was {saved[flag]})" for flag, value in vars(args).items()
+               if flag not in UNIMPORTANT and saved.get(flag, value) != value]
+    if changed:
+        say(f"not as it was before --resume: {', '.join(changed)}")
+    if args.parallel == "sdp":
+        say(f"{args.masking} masking, {args.level} level, coverage {args.coverage}; "
+            f"who holds what (subnets across):\n")
+        describe_masks(design)
+
+
+def describe_masks(design):
+    say(sdp.picture(design.masks, design.branches))
+    loads = zip(sdp.loads(design.masks, design.branches).max(0), ("bytes", "FLOPs", "activations"))
+    gap, _ = sdp.spectral_gap(*sdp.rows_of(design.masks))
+    largest = ", ".join(f"{load:.2f} {kind}" for load, kind in loads)
+    say(f"\n  largest load / mean: {largest}; spectral gap {gap:.2f}")
+    for warning in sdp.check_masks(design.masks, design.branches):
+        say(f"warning: {warning}")
+
+
+def measure_flops(model, batch):
+    """FLOPs of a forward and backward pass, counted by torch in a run on the meta device."""
+    with FlopCounterMode(display=False) as counter:
+        model(*(t.to("meta") for t in batch)).backward()
+    return counter.get_total_flops()
+
+
+def measure_workers(design, batch):
+    """Prints what a worker has beside one of DDP.  -> FLOPs of a micro-step: the workers' mean, and DDP's"""
+    ddp = Design(argparse.Namespace(**{**vars(design.args), "parallel": "ddp"}), design.config).model(0)
+    models = [ddp, *(design.model(subnet) for subnet in range(design.n_subnets))]
+    weights = [sum(p.nbytes for p in model.parameters()) for model in models]
+    trained = [sum(p.nbytes for p in model.parameters() if p.requires_grad) for model in models]
+    state = [len(design.family.moments) * nbytes for nbytes in trained]
+    flops = [measure_flops(model, batch) for model in models]
+    say(f"\n  {'one worker':22}{'DDP':>12}{'largest here':>14}")
+    for name, unit, values in (("parameters, MB", 1e6, weights), ("gradients, MB", 1e6, trained),
+                               ("optimizer state, MB", 1e6, state), ("GFLOPs a micro-step", 1e9, flops)):
+        most = max(values[1:])
+        say(f"  {name:22}{values[0] / unit:12.2f}{most / unit:14.2f}{most / values[0]:8.0%}")
+    say()
+    return sum(flops[1:]) / design.n_subnets, flops[0]
+
+
+# -- The full model, which no worker holds ---------------------------------------------------------
+
+def run_full_model(sync, full, dataset, split, steps):
+    """Yields (outputs, targets) of the full model, for the batches 0 to steps - 1 of every worker.
+
+    As many batches go through it at a time as it has stages: it keeps no more activations than training does.
+    """
+    which = [(i, worker) for i in range(steps) for worker in sync.workers]
+    at_once = len(full.stages())
+    for n in range(0, len(which), at_once):
+        batches = [dataset.batch(split, i, worker, sync.world) for i, worker in which[n:n + at_once]]
+        xs = [x.to(sync.device) for x, _ in batches if len(x)]       # the last workers may have none
+        ys = [y.to(sync.device) for _, y in batches if len(y)]
+        yield from zip(sdp.stream(sync, full, xs), ys)
+
+
+@torch.no_grad()
+def estimate_statistics(sync, full, dataset, autocast):
+    """Mean and variance of every batch norm's inputs in the full model; puts them into `full`.
+
+    The statistics of the subnetworks are not those of the full model, so training keeps none.  These are the
+    plain means over all workers' first training batches.  -> {name: tensor}, without batch norms {}.
+    """
+    norms = [module for module in full.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.to_empty(device=sync.device).reset_running_stats()
+    if norms:
+        full.train()
+        steps = -(-STATISTICS_IMAGES // (dataset.batch_size * sync.world))
+        with autocast:
+            for _ in run_full_model(sync, full, dataset, "train", steps):
+                pass
+        full.eval()
+        for b in full.buffers() if DISTRIBUTED else ():
+            dist.all_reduce(b)                                       # of equally many images each
+            if b.is_floating_point():
+                b /= WORLD
+    return dict(full.named_buffers())
+
+
+@torch.no_grad()
+def evaluate(sync, full, dataset, family, autocast):
+    """Says and returns val_loss of the full model, in nats per token or image; val_acc of a classifier."""
+    sums = torch.zeros(3, dtype=torch.float64, device=sync.device)   # losses, right answers, all answers
+    with autocast:
+        for outputs, y in run_full_model(sync, full, dataset, "val", dataset.val_steps(sync.world)):
+            sums[0] += family.module.loss(outputs, y) * y.numel()
+            sums[1] += (outputs.argmax(-1) == y).sum()
+            sums[2] += y.numel()
+    if DISTRIBUTED:
+        dist.all_reduce(sums)
+    loss, accuracy = (sums[:2] / sums[2]).tolist()
+    scores = {"val_loss": loss}
+    more = ""
+    if family.classifies:
+        scores["val_acc"] = accuracy
+        more = f", accuracy {accuracy:.2%}"
+    elif dataset.vocab_size == 256:
+        more = f" = {loss / math.log(2):.4f} bits per byte"
+    say(f"{'':18}full model: validation loss {loss:.4f} nats{more}")
+    return scores
+
+
+def largest_of_ranks(sync):
+    """-> most bytes that a worker sends in an update, and most that it had on its GPU, without one None."""
+    peak = torch.cuda.max_memory_allocated(sync.device) if sync.device.type == "cuda" else -1
+    both = torch.tensor([sync.sent_bytes, peak], dtype=torch.float64, device=sync.device)
+    if DISTRIBUTED:
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    sent_bytes, peak = both.tolist()
+    return round(sent_bytes), None if peak < 0 else int(peak)
+
+
+def sample(checkpoint, prompt, device, count=200):
+    """Text from a checkpoint's full model: an ordinary Llama, no trace of subnetworks is left in it."""
+    saved = checkpoint["config"]
+    if FAMILIES[saved["model"]] is not TEXT:
+        raise UserError(f"--sample prints text, and the checkpoint's model, {saved['model']}, reads images")
+    encoding = data.encoding_for(saved["vocab_size"])
+    with torch.device("meta"):
+        model = llama.Llama(llama.LlamaConfig(**{f.name: saved[f.name] for f in fields(llama.LlamaConfig)}))
+    model.load_state_dict(checkpoint["model"], assign=True)
+    tokens = torch.tensor([encoding.encode_ordinary(prompt) or [10]], device=device)
+    rng = torch.Generator(device).manual_seed(0)
+    return encoding.decode(model.to(device).generate(tokens, count, generator=rng)[0].tolist())
+
+
+# -- The out-dir, and checkpoints: always of the full model, so that any workers can go on with any 
+
+def claim(out_dir, resume, overwrite, step):
+    """Rank 0 takes the out-dir for a run that begins at `step`; touches no run that nobody said to touch."""
+    global LOCK
+    out_dir.mkdir(parents=True, exist_ok=True)
+    LOCK = open(out_dir / "lock", "a")                               # the process's end closes it too
+    try:
+        fcntl.flock(LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is at work in {out_dir}: wait, or take another --out-dir") from None
+    metrics, part = out_dir / "metrics.jsonl", out_dir / "metrics.part"
+    old = [file for file in (out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt", metrics) if file.exists()]
+    if sum(file.stat().st_size for file in old) and not (resume or overwrite):
+        raise UserError(f"{out_dir} already holds a run: --resume goes on with it, --overwrite replaces it, "
+                        f"another --out-dir leaves it alone")
+    for file in old if overwrite else []:
+        file.unlink()
+    lines = metrics.read_bytes().splitlines() if metrics.exists() else []
+    part.write_bytes(b"".join(line + b"\n" for line in lines if is_done(line, step)))
+    os.replace(part, metrics)
+
+
+def is_done(line, step):
+    """Is this line of metrics.jsonl of a step that is not done again?  A crash leaves bytes of any kind."""
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def log(path, line):
+    with open(path, "a") as f:
+        finite = {name: x if x is None or math.isfinite(x) else None for name, x in line.items()}
+        f.write(json.dumps(finite) + "\n")                          # JSON knows no NaN
+
+
+def save_checkpoint(out_dir, sync, optimizer, step, updates, config, masks, statistics):
+    """Gathers model and optimizer state, one parameter at a time, and writes ckpt.pt.  The old one stays.
+
+    updates: how often the optimizer has stepped.  statistics: of batch norms, {name: tensor}.
+    """
+    def gather(tensors=None):
+        return {name: t.cpu().clone() if RANK == 0 else None for name, t in sync.gather(tensors)}
+
+    states = [optimizer.state[run.param] for run in sync.runs]
+    keys = [key for key, value in states[0].items() if torch.is_tensor(value) and value.dim()]
+    moments = {key: gather([state[key] for state in states]) for key in keys}
+    model = gather()
+
+    def write():
+        state = {name: {**{key: moments[key][name] for key in keys}, "step": updates} for name in model}
+        model.update({name: b.cpu() for name, b in statistics.items()})
+        if not all(t.isfinite().all() for tensors in (model, *moments.values()) for t in tensors.values()):
+            raise UserError(f"weights after step {step} are not finite, so not saved: try a smaller --lr")
+        checkpoint = {"model": model, "optimizer": state, "step": step, "config": config, "masks": masks}
+        write_checkpoint(checkpoint, out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt")
+    first_rank_first(write)
+
+
+def write_checkpoint(checkpoint, path, before):
+    """Only a whole file on the disk gets the name `path`; the one that had it is called `before`."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if zipfile.ZipFile(part).testzip():
+            raise OSError("it does not read back as it was written")
+    except (OSError, RuntimeError, zipfile.BadZipFile) as e:         # on a full disk torch has a RuntimeError
+        part.unlink(missing_ok=True)
+        raise OSError(0, str(e).splitlines()[0], str(path)) from None
+    if path.exists():
+        os.replace(path, before)
+    os.replace(part, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)                                                 # or a power cut could undo the renaming
+    os.close(folder)
+
+
+def open_checkpoint(out_dir):
+    """-> the newest undamaged checkpoint and a checksum of it, or (None, None) if there is none.
+
+    Its tensors are mapped: a rank reads only what it cuts.  Raises UserError if all are damaged, or not ours.
+    """
+    paths = [path for path in (out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt") if path.exists()]
+    for path in paths:
+        try:
+            # torch.load notices no flipped bit, but the zip checksums do; what zip forgives, torch does not
+            archive = zipfile.ZipFile(path)
+            if archive.testzip() is not None:
+                continue
+            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError:                               # more than tensors and plain values
+            checkpoint = None
+        except Exception:                                            # damage has many faces
+            with open(path, "rb") as file:
+                if file.read(2) == b"PK":                            # an archive, as ours are
+                    continue
+            checkpoint = None
+        if not is_ours(checkpoint):
+            raise UserError(f"{path} is not a checkpoint of this program: move it, or take another --out-dir")
+        if path != paths[0]:
+            say(f"warning: {paths[0]} is damaged, going on from {path}")
+        return checkpoint, str([file.CRC for file in archive.infolist()])
+    if paths:
+        raise UserError(f"{paths[0]} is damaged and no other is there: start again with --overwrite")
+    return None, None
+
+
+def is_ours(checkpoint):
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("config"), dict):
+        return False
+    config = checkpoint["config"]
+    parts = {"model", "optimizer", "step", "masks"}
+    flags = {"data", "seed", "parallel", "subnets", "coverage", "level"}
+    return parts <= checkpoint.keys() and flags <= config.keys() and config.get("model") in DEFAULTS
+
+
+def kinds(x):
+    """All of a nest of dicts but its numbers: names, shapes, types."""
+    if isinstance(x, dict):
+        return {name: kinds(value) for name, value in x.items()}
+    return (x.shape, x.dtype) if torch.is_tensor(x) else type(x)
+
+
+def check(checkpoint, design, dataset):
+    """-> steps and updates done.  Raises UserError unless the checkpoint fits model, data, and itself."""
+    saved, full = checkpoint["config"], design.full_model()
+    n_subnets = saved["subnets"] if saved["parallel"] == "sdp" else 1
+    no_update = {name: {"step": 0} for name in design.layout}
+    moments = design.family.moments
+    state = {name: {**dict.fromkeys(moments, p), "step": 0} for name, p in full.named_parameters()}
+    masks = {name: torch.empty(b[1], n_subnets, dtype=torch.bool) for name, b in design.branches.items()}
+    wanted = {"model": [full.state_dict()], "optimizer": [state, no_update], "step": [0], "masks": [masks]}
+    for part, those in wanted.items():
+        if kinds(checkpoint[part]) not in map(kinds, those):
+            raise UserError(f"the checkpoint's {part!r} has other names, shapes or types than this model's")
+    step, updates = checkpoint["step"], {s["step"] for s in checkpoint["optimizer"].values()}
+    if len(updates) > 1 or not 0 <= min(updates) <= step:
+        raise UserError(f"the checkpoint has step {step} and {sorted(updates)[:3]} updates, which cannot be")
+    if saved.get("data_digest", dataset.digest) != dataset.digest:
+        raise UserError(f"--data {design.args.data} contradicts the checkpoint, which has seen other data")
+    design.keep_masks(saved, checkpoint["masks"])
+    return step, min(updates)
+
+
+def restore(optimizer, sync, saved):
+    """Cuts this worker's part out of the saved optimizer state."""
+    for run in sync.runs:
+        for key, value in saved[run.name].items():
+            part = sync.cut(run, value) if torch.is_tensor(value) else torch.tensor(float(value))
+            optimizer.state[run.param][key] = part.to(sync.device, copy=True)
+
+
+# -- The processes ---------------------------------------------------------------------------------
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+DISTRIBUTED = all(os.environ.get(name) for name in TORCHRUN)         # started by torchrun
+RANK = int(os.environ["RANK"]) if DISTRIBUTED else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if DISTRIBUTED else 1
+PHASE = "the start"                 # where the other workers were lost
+STOP = False                        # somebody wants this machine back
+PATIENT = None                      # the process group of all ranks in which waiting has no limit
+LOCK = None                         # rank 0 holds the out-dir
 
 
 def say(*words):
@@ -151,59 +758,80 @@ def phase(name):
     PHASE = name
 
 
-def stop(*_):
-    global STOP
-    STOP = True
+@contextmanager
+def stop_signals():
+    """Inside, a signal to end lets the update end first, and the checkpoint be written."""
+    def stop(signum, _):
+        global STOP
+        if STOP and signum == signal.SIGINT:
+            leave(130, "interrupted once more: nothing else is saved")
+        STOP = True
+
+    before = {}
+    for s in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
+        if signal.getsignal(s) != signal.SIG_IGN:                    # as nohup does with SIGHUP
+            before[s] = signal.signal(s, stop)
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+        if LOCK:
+            LOCK.close()
 
 
 def pick_device(wanted):
     """This rank's device, and the backend: NCCL where each rank has a GPU of its own, otherwise gloo."""
-    try:
-        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"--device {wanted} is not cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
+    gpus = torch.cuda.device_count()
+    kind, _, index = (wanted or ("cuda" if gpus else "cpu")).partition(":")
+    if kind not in ("cpu", "cuda") or not (index or "0").isdigit():
         raise UserError(f"--device {wanted} is not cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if kind == "cpu":
+        return torch.device("cpu"), "gloo"
+    if not gpus:
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
-    backend, gpus = "gloo", torch.cuda.device_count()
-    if device.type == "cuda":
-        if DISTRIBUTED:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
-            backend = "nccl" if int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus else "gloo"
-        if (device.index or 0) >= gpus:
-            raise UserError(f"--device {wanted}: this machine has CUDA devices 0 to {gpus - 1}")
-        torch.cuda.set_device(device.index or 0)
-    return device, backend
+    index = int(os.environ["LOCAL_RANK"]) % gpus if DISTRIBUTED else int(index or 0)
+    if index >= gpus:
+        raise UserError(f"--device {wanted}: this machine has CUDA devices 0 to {gpus - 1}")
+    torch.cuda.set_device(index)
+    own = DISTRIBUTED and int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus
+    return torch.device("cuda", index), "nccl" if own else "gloo"
 
 
-def keep_freed_memory():
-    """Has malloc keep what is freed for the next update, as torch's own allocator does on GPUs.
-
-    By default glibc gives large freed blocks back to the system, and an update whose gradients come and go, as in sdp.py,
-    then waits for 20,000 to 35,000 new pages (llama-134m), some 3 % of its time.  The resident peak is the same for SDP, and up
-    to 6 % higher for DDP.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+def ask_linux():
+    """Two wishes: end with torchrun, and keep freed memory for the next update."""
+    libc = ctypes.CDLL(None)
+    if DISTRIBUTED and hasattr(libc, "prctl"):
+        libc.prctl(1, signal.SIGTERM)                                # PR_SET_PDEATHSIG
+    if hasattr(libc, "mallopt"):
+        # glibc gives large freed blocks back.  An update whose gradients come and go then waits for 20,000 to
+        # 35,000 new pages (llama-134m), some 3 % of its time
         libc.mallopt(-3, 32 * 2**20)                                 # M_MMAP_THRESHOLD: the largest it takes
         libc.mallopt(-1, -1)                                         # M_TRIM_THRESHOLD: never
 
 
 def start_processes(wanted, timeout):
-    """Joins the other ranks; returns this rank's device."""
+    """Joins the other ranks.  -> this rank's device"""
+    global PATIENT
+    if "RANK" in os.environ and not DISTRIBUTED:
+        raise UserError(f"of {' '.join(TORCHRUN)} only some are set: start with torchrun, or unset them")
     device, backend = pick_device(wanted)
-    keep_freed_memory()
+    ask_linux()
     if DISTRIBUTED:
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")     # for groups that overlap, see sdp.py
         wait = timedelta(seconds=timeout)
         store, rank, world = next(rendezvous("env://", timeout=wait))
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(WORLD):         # torchrun keeps the store over restarts: ranks would find
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)       # addresses of the dead
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+        if os.environ["LOCAL_WORLD_SIZE"] == str(WORLD):
+            # torchrun keeps the store over restarts, and ranks would find addresses of the dead in it
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait,
+                                device_id=device if backend == "nccl" else None)
+        PATIENT = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     return device
 
 
-def digest(*tensors):
-    return hashlib.sha256(b"".join(t.cpu().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+def digest(masks):
+    return hashlib.sha256(b"".join(mask.numpy().tobytes() for mask in masks.values())).hexdigest()
 
 
 def agree(mine):
@@ -213,883 +841,88 @@ def agree(mine):
         dist.all_gather_object(ranks, mine)
     for rank, its in enumerate(ranks):
         for name, value in its.items():
-            if str(value) != str(ranks[0].get(name)):
-                raise UserError(f"rank {rank} has {name} {value}, but rank 0 has {ranks[0].get(name)}: start all ranks with the same "
-                                f"command, code and data")
+            if str(value) != str(ranks[0][name]):                    # nan is not nan
+                raise UserError(f"rank {rank} has {name} {value}, but rank 0 has {ranks[0][name]}: start all "
+                                f"ranks with the same command, code and data")
 
 
 def first_rank_first(work):
-    """Runs work() on rank 0 alone and gives its result (or its error) to every rank."""
-    result = [None, None]
+    """Runs work() on rank 0 alone, while the others wait without a limit.  -> its result"""
+    result, error = None, None
     if RANK == 0:
         try:
-            result[0] = work()
+            result = work()
         except UserError as e:
-            result[1] = str(e)
+            error = str(e)
+        except OSError as e:
+            error = f"cannot write {e.filename or 'to --out-dir'}: {e.strerror or e}; --resume then goes on"
     if DISTRIBUTED:
-        dist.broadcast_object_list(result)
-    if result[1]:
-        raise UserError(result[1])
-    return result[0]
-
-
-def over_ranks(values, op, device):
-    """Element-wise sum or maximum of a list of numbers over the ranks."""
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    if DISTRIBUTED:
-        dist.all_reduce(values, op=op)
-    return values.tolist()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From flags to workers
-# ---------------------------------------------------------------------------------------------------------------------
-
-class Design:
-    """Who holds what, as the flags say.  Alike on every rank, and nothing of the model's size is in memory yet."""
-
-    def __init__(self, args, config, masks=None):
-        self.args, self.config = args, config
-        self.family, self.Model = (resnet, resnet.ResNet) if args.model == "resnet18" else (llama, llama.Llama)
-        self.branches, self.layout = self.family.branches(config), self.family.layout(config)
-        self.masks, self.backward = masks, args.masking == "backward"
-        if args.parallel != "sdp":                                   # no masks, no branches: everything is shared
-            self.masks, self.layout = {}, {name: (None, None, shape) for name, (_, _, shape) in self.layout.items()}
-        elif masks is None:
-            make = sdp.block_masks if args.level == "block" else sdp.neuron_masks
-            self.masks = make(self.branches, args.subnets, coverage_to_held(args.coverage, args.subnets), args.seed)
-
-    def model(self, subnet, device="meta", fake=nullcontext()):
-        """The model that a worker with this subnetwork trains, without masks the whole one.  `fake` may be a FakeTensorMode."""
-        held = sdp.held_counts(self.masks, subnet) if self.masks else {b: neurons for b, (_, neurons, *_) in self.branches.items()}
-        with fake, torch.device(device):
-            return self.Model(self.config, held, self.backward)
-
-    def initial(self, subnet, device):
-        """The same with its weights, as they are at the start of a run."""
-        value = sdp.fresh(self.layout, partial(self.family.init, self.config), self.args.seed)
-        return sdp.materialize(self.model(subnet), self.masks, self.layout, subnet, value, device)
-
-    def wrap(self, model):
-        """Makes this rank's model, which has its weights, ready to be trained as --parallel says."""
-        args = self.args
-        model.checkpoint_activations = args.checkpoint_activations
-        with unset_fake_temporarily():                               # masks are real numbers even where the model is not (--plan)
-            if args.parallel.startswith("fsdp"):
-                mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
-            else:
-                sync = sdp.SubnetDataParallel(model, self.masks, self.layout, self.backward, reduce=args.parallel == "sdp",
-                                              timeout=timedelta(seconds=args.timeout))
-        if args.parallel.startswith("fsdp"):
-            return Sharded(model, mesh, reshard=args.parallel == "fsdp")
-        if args.parallel == "ddp":            # torch's own averages the gradients (reduce=False); sync still gathers
-            sync.module = DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)
-            sync.no_sync, sync.clip_grad_norm = sync.module.no_sync, partial(nn.utils.clip_grad_norm_, list(model.parameters()))
-            if dist.get_backend() == "fake":
-                sync.module.register_comm_hook(None, without_peers)
-        return sync
-
-
-def blocks_of(model):
-    return [model.get_submodule(path) for path, _ in model.stages() if "layer" in path]
-
-
-def compile_blocks(model):
-    """Block by block, so that gradients still come one block at a time; blocks of equal sizes are compiled once."""
-    for block in blocks_of(model):
-        block.forward = torch.compile(block.forward)                 # hooks, such as FSDP's, stay outside
-
-
-def accumulate(sync, batch, micro_steps, autocast):
-    """Forward and backward passes of one update; batch(worker, micro step) -> inputs, targets.  Returns the sum of the workers' losses."""
-    total = 0.0
-    for worker in sync.workers:                                      # one under torchrun, all of them without
-        for micro in range(micro_steps):
-            with nullcontext() if micro == micro_steps - 1 else sync.no_sync():
-                with autocast:
-                    loss = sync.run(worker, *(t.to(sync.device) for t in batch(worker, micro))) / micro_steps
-                loss.backward()
-            total = total + loss.detach()
-    sync.finish()                                                    # gradients are averages over their holders
-    return total
-
-
-def max_norm(args):
-    return math.inf if args.model == "resnet18" else 1.0             # image recipes do not clip; the norm is logged
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: always of the full model, so that any number of workers can go on with any masks
-# ---------------------------------------------------------------------------------------------------------------------
-
-def save_checkpoint(out_dir, sync, optimizer, step, config, masks, statistics):
-    """Gathers model and optimizer state, one parameter at a time, and writes ckpt.pt; the old one stays as ckpt.prev.pt.
-
-    statistics: those of the full model's batch norms, {name: tensor}.
-    """
-    def gather(tensors):
-        return {name: t.detach().cpu().clone() if RANK == 0 else None for name, t in sync.gather(tensors)}
-
-    trained = sync.trained()
-    states = {local: optimizer.state[p] for local, p in trained.items()}
-    first = next(iter(states.values()))
-    keys = [k for k, v in first.items() if torch.is_tensor(v) and v.dim()]
-    updates = int(first.get("step", step))                           # fewer than `step` if some were skipped
-    state = {key: gather({local: s[key] for local, s in states.items()}) for key in keys}
-    model = gather(trained)
-
-    def write():
-        optimizer_state = {name: {**{key: state[key][name] for key in keys}, "step": updates} for name in model}
-        model.update({name: b.cpu() for name, b in statistics.items()})
-        if not all(t.isfinite().all() for tensors in (model, *state.values()) for t in tensors.values()):
-            raise UserError(f"after step {step} the weights are not finite any more, and were not saved: try a smaller --lr")
-        part, path = out_dir / "ckpt.pt.part", out_dir / "ckpt.pt"
-        try:
-            with open(part, "wb") as f:
-                torch.save({"model": model, "optimizer": optimizer_state, "step": step, "config": config, "masks": masks}, f)
-                f.flush()
-                os.fsync(f.fileno())
-            if zipfile.ZipFile(part).testzip():
-                raise OSError("it does not read back as it was written")
-            if path.exists():
-                os.replace(path, out_dir / "ckpt.prev.pt")
-            os.replace(part, path)
-        except (OSError, RuntimeError, zipfile.BadZipFile) as e:     # torch's writer raises RuntimeError on a full disk
-            part.unlink(missing_ok=True)
-            raise UserError(f"cannot write {path} ({str(e).splitlines()[0]}); make room and go on with --resume") from None
-    first_rank_first(write)
-
-
-def log(path, line):
-    try:
-        with open(path, "a") as f:
-            f.write(json.dumps(line) + "\n")
-    except OSError as e:
-        raise UserError(f"cannot write {path} ({e.strerror}); make room and go on with --resume") from None
-
-
-def write_rows(path, rows):
-    try:
-        path.write_text("[" + ",\n ".join(map(json.dumps, rows)) + "]\n")
-    except OSError as e:
-        raise UserError(f"cannot write {path} ({e.strerror})") from None
-
-
-def find_checkpoint(out_dir):
-    """Path of the newest intact checkpoint, or None.
-
-    torch.load does not notice a flipped bit, but the zip checksums do; what zip forgives in its tables, torch does not.
-    """
-    damaged = []
-    for path in (out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt"):
-        if path.exists():
-            try:
-                if zipfile.ZipFile(path).testzip() is None and torch.load(path, mmap=True, weights_only=True):
-                    if damaged:
-                        print(f"warning: {damaged[0]} is damaged, going on from {path}", flush=True)
-                    return path
-            except Exception:                                        # damage has many faces
-                pass
-            damaged.append(path)
-    if damaged:
-        raise UserError(f"{damaged[0]} is damaged and there is no other checkpoint; start again with --overwrite")
-    return None
-
-
-def load_checkpoint(path):
-    try:                                                             # mapped: a rank reads only what it cuts
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        assert {"model", "optimizer", "step", "config", "masks"} <= checkpoint.keys()
-        return checkpoint
-    except Exception:
-        raise UserError(f"{path} is not a checkpoint of this program; start again with --overwrite") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The numbers
-# ---------------------------------------------------------------------------------------------------------------------
-
-def measure_flops(model, batch):
-    """FLOPs of one forward and backward pass, counted by torch from the operations of a run on the meta device."""
-    with FlopCounterMode(display=False) as counter:
-        model(*(t.to("meta") for t in batch)).backward()
-    return counter.get_total_flops()
-
-
-def describe_masks(design):
-    rows, neurons = sdp.rows_of(design.masks)
-    say(sdp.picture(design.masks, design.branches))
-    say("\n  largest load / mean: " + ", ".join(f"{x:.2f} {kind}" for x, kind in zip(
-        sdp.loads(design.masks, design.branches).max(0), ("bytes", "FLOPs", "activations")))
-        + f"; spectral gap {sdp.spectral_gap(rows, neurons)[0]:.2f}")
-    for warning in sdp.check_masks(design.masks, design.branches):
-        say(f"warning: {warning}")
-
-
-def describe_workers(design, modules, batch):
-    """Prints what one worker holds against plain data parallelism; returns FLOPs: mean over the workers, and DDP's."""
-    states = 1 if design.family is resnet else 2                     # momentum, or Adam's two moments
-
-    def row(model, trains):
-        numel = {local: p.numel() for local, p in model.named_parameters()}
-        mine = sum(n for local, n in numel.items() if trains(local))
-        return 4 * sum(numel.values()), 4 * mine, 4 * states * mine, measure_flops(model, batch)
-
-    rows = []
-    for s, model in enumerate(modules):
-        slots = sdp.slots(model, design.masks, design.layout, s)
-        rows.append(row(model, lambda local: slots[local].trains))
-    ddp = row(Design(argparse.Namespace(**{**vars(design.args), "parallel": "ddp"}), design.config).model(0), lambda local: True)
-    say(f"\n  {'one worker':22}{'DDP':>12}{'largest here':>14}")
-    for i, (name, unit) in enumerate((("parameters, MB", 1e6), ("gradients, MB", 1e6), ("optimizer state, MB", 1e6),
-                                      ("GFLOPs a micro-step", 1e9))):
-        largest = max(r[i] for r in rows)
-        say(f"  {name:22}{ddp[i] / unit:12.2f}{largest / unit:14.2f}{largest / ddp[i]:8.0%}")
-    say()
-    return sum(r[3] for r in rows) / len(rows), ddp[3]
-
-
-def full_model(sync, full, dataset, split, steps):
-    """Yields (outputs, targets) of the full model, for the batches 0 to steps - 1 of every worker.
-
-    As many batches go through the model at a time as it has stages: so it keeps no more activations than training does.
-    """
-    which = [(i, w) for i in range(steps) for w in sync.workers]
-    for n in range(0, len(which), len(full.stages())):
-        batches = [dataset.batch(split, i, w, sync.size) for i, w in which[n:n + len(full.stages())]]
-        batches = [(x.to(sync.device), y.to(sync.device)) for x, y in batches if len(x)]     # the last workers may have none
-        yield from zip(sdp.stream(sync, full, [x for x, _ in batches]), [y for _, y in batches])
-
-
-@torch.no_grad()
-def estimate_statistics(sync, full, dataset, autocast):
-    """Mean and variance of every batch norm's inputs in the full model, over fixed training batches; puts them into `full`.
-
-    The statistics of the subnetworks are not those of the full model, so training keeps none.  These are the plain means
-    over all workers' first batches.  Returns {name: tensor}, for the checkpoint; for a model without batch norm {}.
-    """
-    norms = [m for m in full.modules() if isinstance(m, nn.BatchNorm2d)]
-    for m in norms:
-        m.to_empty(device=sync.device).reset_running_stats()
-    if norms:
-        full.train()
-        with autocast:
-            for _ in full_model(sync, full, dataset, "train", -(-STATISTICS_IMAGES // (dataset.batch_size * sync.size))):
-                pass
-        full.eval()
-        if DISTRIBUTED:
-            for b in full.buffers():
-                dist.all_reduce(b)                                   # a sum; all workers have had equally many images
-                if b.is_floating_point():
-                    b /= WORLD
-    return dict(full.named_buffers())
-
-
-@torch.no_grad()
-def evaluate(sync, full, dataset, loss, autocast):
-    """-> validation loss of the full model in nats per token or image, and its accuracy."""
-    total = right = count = 0.0
-    with autocast:
-        for outputs, y in full_model(sync, full, dataset, "val", dataset.val_steps(sync.size)):
-            total += float(loss(outputs, y)) * y.numel()
-            right += float((outputs.argmax(-1) == y).sum())
-            count += y.numel()
-    total, right, count = over_ranks([total, right, count], dist.ReduceOp.SUM, sync.device)
-    return total / count, right / count
-
-
-def make_optimizer(params, lr, images):
-    """The usual recipes: momentum for images (as in arXiv 1708.04552, section 4.1), AdamW for text."""
-    params = list(params)
-    # Fused is faster and has no temporary tensors.  But on CPUs it rounds what is beyond the last whole vector (at most 16
-    # numbers) of a tensor in another way: the replicas of a neuron, which have it at different places, would part
-    fused = all(p.device.type == "cuda" or p.numel() % 16 == 0 for p in params)
-    if images:
-        return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    return torch.optim.AdamW([{"params": [p for p in params if p.dim() > 1], "weight_decay": 0.1},
-                              {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95), fused=fused)
-
-
-def learning_rate(step, steps, peak, last):
-    """Warm-up over the first 5 %, then a cosine down to `last` times the peak."""
-    warm = max(1, steps // 20)
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (last + (1 - last) * (0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))))
-
-
-def sample(checkpoint, prompt, device, count=200):
-    """Text from the full model of a checkpoint: an ordinary Llama, no trace of subnetworks is left in it."""
-    if checkpoint["config"]["model"] == "resnet18":
-        raise UserError("--sample prints text, and the checkpoint's model, resnet18, reads images")
-    config = llama.LlamaConfig(**{f.name: checkpoint["config"][f.name] for f in fields(llama.LlamaConfig)})
-    encoding = data.encoding_for(config.vocab_size)
-    with torch.device("meta"):
-        model = llama.Llama(config)
-    model.load_state_dict(checkpoint["model"], assign=True)
-    tokens = torch.tensor([encoding.encode_ordinary(prompt) or [10]], device=device)
-    rng = torch.Generator(device).manual_seed(0)
-    return encoding.decode(model.to(device).generate(tokens, count, generator=rng)[0].tolist())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# --plan and --bench: what a worker needs, under SDP and under what people would use instead
-# ---------------------------------------------------------------------------------------------------------------------
-
-VARIANTS = {                                                         # name -> the flags that make it
-    "ddp": dict(parallel="ddp"),
-    "ddp-checkpoint": dict(parallel="ddp", checkpoint_activations=True),
-    "fsdp": dict(parallel="fsdp"),
-    "fsdp-zero2": dict(parallel="fsdp-zero2"),                       # keeps the gathered weights until the backward pass
-    **{f"sdp-{masking}-{level}": dict(parallel="sdp", masking=masking, level=level)
-       for masking in ("forward", "backward") for level in ("block", "neuron")},
-}
-WARM_UP, TIMED = 1, 3                                                # updates of a variant between building it and tearing it down
-
-
-class Sharded:
-    """FSDP2, `fully_shard` on each block, with the interface of sdp.SubnetDataParallel as far as it is needed here.
-
-    reshard: free a block's gathered weights after its forward pass, and gather them once more for the backward pass (ZeRO-3);
-    otherwise they stay (ZeRO-2).  Gradients are reduced in every micro-step, as they do not fit whole.
-    """
-
-    no_sync = nullcontext
-
-    def __init__(self, model, mesh, reshard):
-        self.device, self.workers, self.module = next(model.parameters()).device, [dist.get_rank()], model
-        for block in blocks_of(model):
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-        fully_shard(model, mesh=mesh)
-
-    def trained(self):
-        return dict(self.module.named_parameters())
-
-    def run(self, worker, *inputs):
-        return self.module(*inputs)
-
-    def clip_grad_norm(self, max_norm):
-        return nn.utils.clip_grad_norm_(self.module.parameters(), max_norm)
-
-    def finish(self):
-        pass                                                         # its own hooks wait
-
-    refresh = close = finish
-
-
-class SentBytes(TorchDispatchMode):
-    """Counts what this worker sends in the collectives issued inside, each done by an optimal (ring) algorithm: among n
-    workers (n-1)/n of a tensor's bytes, twice that for an all-reduce.  Single numbers are not counted."""
-
-    TIMES = {torch.ops.c10d.allreduce_.default: 2, torch.ops.c10d.broadcast_.default: 1,
-             torch.ops.c10d._allgather_base_.default: 1, torch.ops.c10d._reduce_scatter_base_.default: 1}
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func in self.TIMES:
-            size, n = CollectiveOp.get_comm_tensor_size(func, result, args, kwargs), CollectiveOp.get_process_group(func, args).size()
-            self.total += self.TIMES[func] * size * (n - 1) / n if size > 8 else 0
-        return result
-
-
-class Tracker(MemTracker):
-    """torch's memory tracker, but for models with frozen parameters too, and without its hooks on modules: they take most of
-    the time, and leave cycles of references in which a model lives for ever."""
-
-    class NoModules(ModTracker):
-        __enter__, __exit__ = lambda self: self, lambda self, *_: None
-
-    def __init__(self):
-        super().__init__()
-        self._mod_tracker = self.NoModules()
-
-    def _track_module_params_and_buffers(self, module, install_grad_hooks=True):
-        for p in module.parameters():
-            if not p.requires_grad:                                  # has no gradient to hook
-                self._param_to_grad_hook_handles[p] = RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict())
-        return super()._track_module_params_and_buffers(module, install_grad_hooks)
-
-
-@contextmanager
-def alone(rank, world):
-    """Makes this process worker `rank` of `world` without the others: torch's fake process group takes every message and brings none."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def without_peers(_, bucket):
-    """DDP's communication hook under the fake process group, whose own results DDP cannot read."""
-    dist.all_reduce(bucket.buffer())
-    future = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
-
-
-def update(sync, optimizer, batch, args, autocast):
-    """One update, as in training (which also checks that loss and gradient are finite)."""
-    accumulate(sync, batch, args.grad_accum, autocast)
-    sync.clip_grad_norm(max_norm(args))
-    optimizer.step()
-    optimizer.zero_grad()
-    sync.refresh()
-
-
-def first_update(design, model, batch, autocast, fake=nullcontext()):
-    """Wraps a worker's model and runs one update (two with backward masking) under torch's memory tracker.
-
-    Returns what `wrap` made, the optimizer, {"parameters": bytes, ..., "peak": bytes} at the moment of the peak, and the
-    bytes sent.  Inside a FakeTensorMode the tensors are mere shapes, and nothing is computed.
-    """
-    tracker, sent, args = Tracker(), SentBytes(), design.args
-
-    def snapshot(when):
-        return {getattr(kind, "value", kind): size for kind, size in tracker.get_tracker_snapshot(when)[sync.device].items()}
-
-    with fake:
-        with tracker:
-            sync = design.wrap(model)
-            optimizer = make_optimizer(sync.trained().values(), args.lr, design.family is resnet)
-            for p in sync.trained().values():
-                p.grad = torch.zeros_like(p)
-            optimizer.step()                                         # an optimizer makes its state in its first step
-            optimizer.zero_grad()
-            tracker.track_external(sync.module, optimizer)           # tells it which tensors are what
-        buckets = snapshot("current")["Activation"] if args.parallel == "ddp" else 0     # what is left: the buckets of gradients
-        updates = 2 if design.backward else 1                        # what the first one refreshes arrives in the second
-        with tracker, sent:                                          # the peak is counted from here
-            tracker._track_module_params_and_buffers(sync.module)    # and gradients are known as such
-            for _ in range(updates):
-                update(sync, optimizer, batch, args, autocast)
-    at = snapshot("peak")
-    memory = {"parameters": at["Parameter"] + at["Buffer"], "gradients": at["Gradient"] + buckets, "optimizer": at["Optstate"],
-              "activations": at["Activation"] - buckets, "temporary": at["Temp"] + at["Other"], "peak": at["Total"]}
-    return sync, optimizer, memory, round(sent.total / updates)
-
-
-def designs(args, config):
-    return {name: Design(argparse.Namespace(**{**vars(args), **flags}), config) for name, flags in VARIANTS.items()}
-
-
-def sends(design, world):
-    """[bytes that worker 0 sends in one update, worker 1, ...]"""
-    out = []
-    for rank in range(world):
-        with alone(rank, world):
-            out.append(design.wrap(design.model(rank % design.args.subnets)).sent_bytes)
-    return out
-
-
-def largest(design, world):
-    """Workers that can need most of something: those with most bytes, FLOPs, activations, or bytes and activations together, or,
-    as what backward masking refreshes takes memory, with most to send."""
-    if not design.masks:
-        return [0]
-    load = sdp.loads(design.masks, design.branches)                  # [subnets, (bytes, FLOPs, activations)]
-    sent = [max(range(world), key=sends(design, world).__getitem__)] if design.backward else []
-    return sorted({int(s) for s in (*load.argmax(0), load[:, [0, 2]].sum(1).argmax(), *sent)})
-
-
-def size_of(design, world, batch):
-    """"params" and "flops" of a row: number of parameters, and FLOPs of one update, of the worker with most."""
-    models = [design.model(s) for s in range(design.args.subnets if design.masks else 1)]
-    params = max(sum(p.numel() for p in m.parameters()) for m in models)
-    s = int(sdp.loads(design.masks, design.branches)[:, 1].argmax()) if design.masks else 0
-    most, _ = models[s], sdp.slots(models[s], design.masks, design.layout, s)            # which freezes what does not train
-    most.checkpoint_activations = design.args.checkpoint_activations
-    return {"params": -(-params // world) if design.args.parallel.startswith("fsdp") else params,
-            "flops": measure_flops(most, batch) * design.args.grad_accum}
-
-
-def planned(name, design, world, batch, device):
-    """A row of plan.json.  Each figure is that of the worker with most; `memory` that of the worker with the highest peak."""
-    args, fake = design.args, FakeTensorMode(allow_non_fake_inputs=True)
-    row = {"variant": name, **size_of(design, world, batch)}
-    for rank in largest(design, world):
-        with alone(rank, world):
-            with fake:
-                inputs = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in batch]
-            *_, memory, sent = first_update(design, design.model(rank % args.subnets, device, fake), lambda *_: inputs, autocast_of(args, device), fake)
-        row["memory"] = max(memory, row.get("memory", memory), key=lambda m: m["peak"])
-    return {**row, "sent_bytes": round(max(sends(design, world))) if design.masks else sent}
-
-
-def plan(args, device):
-    """Prints, and writes to plan.json, what a worker of each variant will need.  Trains nothing, allocates nothing of any size."""
-    given = args.data
-    settle(args, None)
-    world, config = WORLD if DISTRIBUTED else args.subnets, {**llama.PRESETS, **resnet.PRESETS}[args.model]
-    with torch.device("meta"):
-        if args.model == "resnet18":
-            config = replace(config, num_classes=data.IMAGES[args.data][0])
-            batch = torch.empty(args.batch_size, 3, config.image_size, config.image_size), torch.empty(args.batch_size, dtype=torch.int64)
-        else:
-            vocab_size = data.load(args.data, args.batch_size, args.seq_len, args.seed).vocab_size if given else 32000
-            config, batch = replace(config, vocab_size=vocab_size), [torch.empty(args.batch_size, args.seq_len, dtype=torch.int64)] * 2
-    make_folder(args.out_dir)
-    all_designs = designs(args, config)
-    say(f"{args.model}, {world} workers, {args.subnets} subnetworks, coverage {args.coverage}, batch {args.batch_size} a worker, "
-        f"{device.type}, {args.dtype}; who holds what at {args.level} level (subnets across):\n")
-    describe_masks(all_designs[f"sdp-forward-{args.level}"])
-    rows = [planned(name, design, world, batch, device) for name, design in all_designs.items()]
-    say_rows(rows)
-
-    say(f"\nForward masking, {args.level} level, peak memory at other coverages:")
-    peak, saved = rows[0]["memory"]["peak"], {}
-    for held in range(1, args.subnets + 1):
-        coverage = f"{held}/{args.subnets}"
-        at = argparse.Namespace(**{**vars(args), "masking": "forward", "coverage": coverage})
-        rows.append(planned(f"sdp-forward-{args.level} at {coverage}", Design(at, config), world, batch, device))
-        saved[coverage] = 1 - rows[-1]["memory"]["peak"] / peak
-        say(f"  {coverage}: {si(rows[-1]['memory']['peak'])}B, {saved[coverage]:4.0%} less than ddp")
-    for wanted in 0.28, 0.60:
-        enough = [coverage for coverage, part in saved.items() if part >= wanted]
-        say(f"  {wanted:.0%} less: " + (f"at coverage {enough[-1]} or below" if enough else "at none; what all workers hold is too much"))
-    write_rows(args.out_dir / "plan.json", rows)
-
-
-def take_turn(design, batch, device, updates, trace):
-    """Builds this rank's worker, measures it, and tears it down.  -> memory, bytes sent, ms of each update.
-
-    trace: None, or where torch.profiler's timeline of one more update goes.
-    """
-    args, ms = design.args, []
-    autocast, model = autocast_of(args, device), design.initial(dist.get_rank() % args.subnets, device)
-    sync, optimizer, memory, sent = first_update(design, model, batch, autocast)
-    if args.compile:                                                 # not before: the tracker has to see every operation
-        compile_blocks(model)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(WARM_UP + updates):
-        begin = time.perf_counter()
-        update(sync, optimizer, batch, args, autocast)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        ms.append((time.perf_counter() - begin) * 1000)
-    if device.type == "cuda":                                        # the allocator knows better than the tracker
-        memory["peak"] = torch.cuda.max_memory_allocated()
-    with torch.profiler.profile() if trace and RANK == 0 else nullcontext() as profile:
-        if trace:
-            update(sync, optimizer, batch, args, autocast)
-        sync.close()                                                 # inside: messages under way when a profiler stops crash it
-    if profile:
-        profile.export_chrome_trace(str(trace))
-    return memory, sent, ms[WARM_UP:]
-
-
-def bench(args, device):
-    """Times --bench updates of each variant, measures memory and bytes.  The variants take turns, so that all of them see the
-    same weather, and each is torn down before the next is built, so that memory is its own.
-
-    Without torchrun: the workers with most to hold, one after another, without their peers, hence without communication.
-    """
-    settle(args, None)
-    dataset, config, _ = load_data(args, device)
-    world, everything, rows, rounds = WORLD if DISTRIBUTED else args.subnets, designs(args, config), {}, []
-    batch = lambda worker, micro: dataset.batch("train", micro, worker, world)
-    make_folder(args.out_dir)
-    say(f"{args.model} on {args.data}, {world} workers{'' if DISTRIBUTED else ', of which one at a time is here, without communication'}, {args.subnets} "
-        f"subnetworks, coverage {args.coverage}, batch {args.batch_size} a worker, {device.type}, {args.dtype}{', compiled' if args.compile else ''}")
-    for done in range(0, args.bench, TIMED):
-        rounds.append({})
-        updates = min(TIMED, args.bench - done)
-        for name, design in list(everything.items())[::1 if len(rounds) % 2 else -1]:    # there and back: a drift cancels
-            phase(f"the bench of {name}")
-            trace = args.out_dir / f"trace-{name}.json" if done + updates == args.bench else None
-            turns = []
-            for rank in [RANK] if DISTRIBUTED else largest(design, world):
-                with nullcontext() if DISTRIBUTED else alone(rank, world):
-                    turns.append(take_turn(design, batch, device, updates, trace))
-                gc.collect()
-            if DISTRIBUTED:
-                mine, turns = turns[0], [None] * WORLD
-                dist.all_gather_object(turns, mine)
-            memory, sent, ms = zip(*turns)
-            rounds[-1][name] = [max(times) for times in zip(*ms)]    # an update is over when all ranks are done
-            rows[name] = {"variant": name, "memory": max(memory, key=lambda m: m["peak"]), "sent_bytes": max(sent)}
-        say(f"  {done + updates} of {args.bench} updates")
-    for name, design in everything.items():
-        ms = [t for one in rounds for t in one[name]]
-        rows[name].update(size_of(design, world, batch(0, 0)), step_ms=median(ms), step_ms_range=[min(ms), max(ms)],
-                          step_ratio=median([median(one[name]) / median(one["ddp"]) for one in rounds]))
-    say_rows(list(rows.values()))
-    first_rank_first(lambda: write_rows(args.out_dir / "bench.json", list(rows.values())))
-
-
-def si(x):
-    """1234567 -> '1.23 M'"""
-    for unit in ("", "k", "M", "G"):
-        if x < 999.5:
-            break
-        x, unit = x / 1000, "T"
-    return f"{x:.3g} {unit}"
-
-
-def say_rows(rows):
-    """Two tables: each figure with what it is of DDP's, and what the memory consists of."""
-    first, kinds = rows[0], list(rows[0]["memory"])
-    get = {"params": lambda r: r["params"], "FLOPs": lambda r: r["flops"], "peak, B": lambda r: r["memory"]["peak"], "sent, B": lambda r: r["sent_bytes"]}
-    say(f"\n  {'one worker, one update':24}" + "".join(f"{name:>16}" for name in get) + f"{'step, ms (range)':>31}" * ("step_ms" in first))
-    for r in rows:
-        cells = "".join(f"{si(of(r)):>10}{of(r) / max(1, of(first)):>6.0%}" for of in get.values())
-        if "step_ms" in r:
-            cells += f"{r['step_ms']:10.0f} ({r['step_ms_range'][0]:.0f} - {r['step_ms_range'][1]:.0f})".ljust(24) + f"{r['step_ratio']:7.1%}"
-        say(f"  {r['variant']:24}{cells}")
-    say(f"\n  {'at the peak, MB':24}" + "".join(f"{kind:>13}" for kind in kinds))
-    for r in rows:
-        say(f"  {r['variant']:24}" + "".join(f"{r['memory'][kind] / 1e6:13.1f}" for kind in kinds))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------------------------------
-
-def load_data(args, device):
-    """-> the data set, the model's sizes made to fit it, and the name of the one size that the data decides."""
-    first_rank_first(lambda: data.download_images(args.data))
-    dataset = data.load(args.data, args.batch_size, args.seq_len, args.seed, device)
-    size = "num_classes" if args.data in data.IMAGES else "vocab_size"
-    return dataset, replace({**llama.PRESETS, **resnet.PRESETS}[args.model], **{size: getattr(dataset, size)}), size
-
-
-def autocast_of(args, device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
-
-
-def settle(args, checkpoint):
-    """Fills in what the flags leave open, and refuses what cannot be."""
-    for flag in "model", "data":
-        was, given = checkpoint["config"][flag] if checkpoint else None, getattr(args, flag)
-        if was is not None and given is not None and was != given:
-            raise UserError(f"--{flag} {given} contradicts the checkpoint in {args.out_dir}, which has {was}")
-        default = "llama-tiny" if flag == "model" else DEFAULTS[args.model]["data"]
-        setattr(args, flag, next(v for v in (was, given, default) if v is not None))
-    if args.model == "resnet18" and args.data not in data.IMAGES:
-        raise UserError(f"resnet18 reads images: --data can be {', '.join(data.IMAGES)}, not {args.data}")
-    if args.model != "resnet18" and args.data in data.IMAGES:
-        raise UserError(f"--data {args.data} holds images, and {args.model} reads text: use --model resnet18")
-    for flag, value in {**DEFAULTS[args.model], **DEFAULTS.get(args.data, {})}.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
-    if not 0 < args.lr < 1e6:
-        raise UserError(f"--lr must be a positive number below a million, not {args.lr}")
-    if args.model == "resnet18":
-        if args.seq_len is not None:
-            raise UserError("--seq-len is for text, and resnet18 reads images")
-    elif args.seq_len > (context := llama.PRESETS[args.model].max_position_embeddings):
-        raise UserError(f"--seq-len {args.seq_len} is longer than the context of {args.model}, {context}")
-    for flag in ("compile", "checkpoint_activations"):
-        if getattr(args, flag) and not (DISTRIBUTED or args.plan or args.bench):
-            raise UserError(f"--{flag.replace('_', '-')} needs real workers: start with torchrun --nproc-per-node=1 or more")
-    args.subnets = args.subnets or (WORLD if DISTRIBUTED else 4)
-    if DISTRIBUTED and WORLD % args.subnets:
-        raise UserError(f"--subnets {args.subnets} does not divide the number of workers, {WORLD}")
-    held = args.subnets if args.parallel == "ddp" else coverage_to_held(args.coverage, args.subnets)
-    args.coverage = f"{held}/{args.subnets}"
-
-
-def make_folder(out_dir):
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot write to --out-dir {out_dir}: {e.strerror}") from None
-
-
-def claim(out_dir, resume, overwrite, step):
-    """Makes the out-dir ready for a run that begins at `step`, without touching a run nobody said to touch."""
-    def known(line):                                                 # whole, and not of steps that will be done again
-        try:
-            return json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):
-            return False
-
-    metrics = out_dir / "metrics.jsonl"
-    old = [f for f in (out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt", metrics) if f.exists()]
-    if old and not (resume or overwrite):
-        raise UserError(f"{out_dir} already holds a run: --resume goes on with it, --overwrite replaces it")
-    make_folder(out_dir)
-    try:
-        for f in old if overwrite else []:
-            f.unlink()
-        lines = metrics.read_text().splitlines(True) if metrics.exists() else []
-        metrics.with_suffix(".part").write_text("".join(filter(known, lines)))
-        os.replace(metrics.with_suffix(".part"), metrics)
-    except OSError as e:
-        raise UserError(f"cannot write to --out-dir {out_dir}: {e.strerror}") from None
+        both = [result, error]
+        dist.broadcast_object_list(both, group=PATIENT)
+        result, error = both
+    if error:
+        raise UserError(error)
+    return result
 
 
 def main(argv=None):
     args = parse(argv)
-    if args.resume and args.overwrite:
-        raise UserError("--resume and --overwrite contradict each other; give one of them")
-    modes = [f"--{mode}" for mode in ("plan", "bench", "sample") if getattr(args, mode) not in (None, False)]
-    if len(modes) > 1 or modes and modes[0] != "--sample" and (args.resume or args.overwrite):
-        raise UserError(f"{modes[0]} goes together with none of --plan, --bench, --sample, --resume, --overwrite")
-    if args.plan or args.bench:
-        args.parallel = "sdp"                                        # whatever was said: all of them are compared
-    if args.plan:
-        return plan(args, pick_device(args.device)[0]) if RANK == 0 else None
     device = start_processes(args.device, args.timeout)
-    code = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
-    agree({**{f"--{flag.replace('_', '-')}": value for flag, value in vars(args).items()}, "code": code, "torch": torch.__version__})
-    if args.bench:
-        bench(args, device)
-        return leave_the_others()
-    path = first_rank_first(lambda: find_checkpoint(args.out_dir)) if args.resume else None
-    checkpoint = load_checkpoint(path) if path else None
+    files = [Path(module.__file__) for module in (sys.modules[__name__], sdp, data, llama, resnet)]
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    flags = {f"--{flag.replace('_', '-')}": value for flag, value in vars(args).items()}
+    agree({**flags, "code": code, "torch": torch.__version__, "number of threads": torch.get_num_threads()})
+    out_dir = Path(args.out_dir).expanduser()
+    checkpoint, checksum = open_checkpoint(out_dir) if args.resume else (None, None)
+    agree({"checkpoint": checksum})
     if args.sample is not None:
         if checkpoint is None:
             raise UserError(f"--sample needs --resume and a checkpoint in --out-dir {args.out_dir}")
-        return say(sample(checkpoint, args.sample, device))
+        if RANK == 0:
+            say(sample(checkpoint, args.sample, device))
+        return
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
+    with stop_signals():
         finished = train(args, device, checkpoint)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     del checkpoint
-    if RANK == 0 and finished and args.model != "resnet18":          # the workers' memory is free again
-        say(f"\nA sample of the full model in {args.out_dir / 'ckpt.pt'}:\n")
-        try:
-            say(sample(load_checkpoint(args.out_dir / "ckpt.pt"), "def " if args.data == "stdlib" else "\n", device))
-        except UserError as e:
-            say(f"(none: {e})")
-    leave_the_others()
-
-
-def leave_the_others():
-    if DISTRIBUTED:
+    if DISTRIBUTED:                                                  # the others need not wait for the sample
         dist.barrier()
         dist.destroy_process_group()
-
-
-def train(args, device, checkpoint):
-    """The whole run: prepare, loop, evaluate, save.  Returns False if it was told to stop on the way."""
-    # -- data, model, and masks: which of the S subnetworks holds which neuron
-    settle(args, checkpoint)
-    dataset, config, size = load_data(args, device)
-    if checkpoint and checkpoint["config"][size] != getattr(config, size):
-        raise UserError(f"{args.data} now has {size} {getattr(config, size)}, the checkpoint in {args.out_dir} {checkpoint['config'][size]}: "
-                        f"bring back the data as it was, or train another model in another --out-dir")
-    saved = checkpoint["config"] if checkpoint else {}
-    same = all(saved.get(f) == getattr(args, f) for f in ("parallel", "subnets", "coverage", "level"))
-    design = Design(args, config, checkpoint["masks"] if same else None)
-    family, masks, layout = design.family, design.masks, design.layout
-    images = family is resnet
-    x, y = dataset.batch("train", 0, 0, 1)
-    agree({"data": digest(x, y, *dataset.batch("val", 0, 0, 1)), "masks": digest(*masks.values())})
-    start = checkpoint["step"] if checkpoint else 0
-    first_rank_first(lambda: claim(args.out_dir, args.resume, args.overwrite, start))
-
-    with torch.device("meta"):                                       # shapes without memory
-        full = design.Model(config)                                  # to evaluate
-    modules = [design.model(s) for s in range(args.subnets if masks else 1)]
-    workers = WORLD if DISTRIBUTED else args.subnets
-    say(f"{args.model} on {args.data}{' (synthetic)' if args.data == 'shapes' else ''}, {args.parallel}, {workers} workers"
-        f"{'' if DISTRIBUTED else ' simulated in this process'}, {device.type}, {args.dtype}")
-    if masks:
-        say(f"{args.masking} masking, {args.level} level, coverage {args.coverage}; who holds what (subnets across):\n")
-        describe_masks(design)
-    flops, ddp_flops = describe_workers(design, modules, (x, y))
-    steps = round(args.steps * ddp_flops / flops) if args.flop_match else args.steps
-
-    # -- this process's worker, or all of them
-    value = checkpoint["model"].__getitem__ if checkpoint else sdp.fresh(layout, partial(family.init, config), args.seed)
-    if DISTRIBUTED:
-        subnet = RANK % len(modules)
-        module = sdp.materialize(modules[subnet], masks, layout, subnet, value, device)
-        sync = design.wrap(module)
-        if args.compile:
-            compile_blocks(module)
-    else:
-        sync = sdp.Simulation(modules, masks, layout, value, workers, device)
-    trained = sync.trained()
-    optimizer = make_optimizer(trained.values(), args.lr, images)
-    for local, p in trained.items() if checkpoint else ():
-        for key, example in next(iter(checkpoint["optimizer"].values())).items():
-            if torch.is_tensor(example):
-                optimizer.state[p][key] = sync.cut(local, lambda name: checkpoint["optimizer"][name][key]).to(device, copy=True)
-            elif not images:
-                optimizer.state[p][key] = torch.tensor(float(example), device=device)    # Adam's number of updates
-    autocast = autocast_of(args, device)
-
-    if DISTRIBUTED:
-        sync.check_replicas()                                        # all holders begin with the same bits
-
-    # -- the loop
-    saved_config = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, **asdict(config)}
-    since, done = time.perf_counter(), start
-    skipped = in_a_row = 0                                           # updates that were not finite
-    for step in range(start, steps):
-        phase(f"step {step + 1}")
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args.lr, 0.0 if images else 0.1)
-        total = accumulate(sync, lambda worker, micro: dataset.batch("train", step * args.grad_accum + micro, worker, workers),
-                           args.grad_accum, autocast)
-        norm = sync.clip_grad_norm(max_norm(args))
-        mean, stops = over_ranks([float(total) / workers, STOP], dist.ReduceOp.SUM, device)
-        if math.isfinite(mean) and math.isfinite(norm):              # both numbers, and so the decision, are everybody's
-            optimizer.step()
-            in_a_row = 0
-        else:
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-            if in_a_row == 10:
-                raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {step + 1}: go on from the "
-                                f"last checkpoint with --resume and a smaller --lr")
-        optimizer.zero_grad()
-        sync.refresh()                                               # backward masking: frozen weights, from their holders
-
-        now, end = step + 1, step + 1 == steps
-        evaluates = end or now % args.eval_every == 0 and not stops  # told to stop: there may be no time for it
-        if evaluates or now % args.log_every == 0:
-            ms = (time.perf_counter() - since) * 1000 / (now - done)
-            peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else -1
-            most, peak = over_ranks([sync.sent_bytes, peak], dist.ReduceOp.MAX, device)
-            speed = workers * args.grad_accum * y.numel() / ms * 1000
-            line = {"step": now, "loss": mean, "lr": group["lr"], "grad_norm": float(norm), "step_ms": ms,
-                    f"{dataset.unit}_per_s": speed, "sent_bytes": round(most), "peak_mem_bytes": int(peak) if peak >= 0 else None, "skipped": skipped}
-            left = (steps - now) * ms / 1000
-            say(f"step {now:5}/{steps}  loss {mean:.4f}  {ms:6.0f} ms/step  {speed:8.0f} {dataset.unit}/s  {left / 60:5.1f} min left")
-            if evaluates:
-                phase(f"the evaluation after step {now}")
-                statistics = estimate_statistics(sync, full, dataset, autocast)
-                line["val_loss"], accuracy = evaluate(sync, full, dataset, family.loss, autocast)
-                more = f" = {line['val_loss'] / math.log(2):.4f} bits per byte" if getattr(config, size) == 256 else ""
-                if images:
-                    line["val_acc"], more = accuracy, f", accuracy {accuracy:.2%}"
-                say(f"{'':18}full model: validation loss {line['val_loss']:.4f} nats{more}")
-            first_rank_first(lambda: log(args.out_dir / "metrics.jsonl", line))
-            since, done = time.perf_counter(), now
-        if end or stops or now % args.save_every == 0:
-            phase(f"the checkpoint after step {now}")
-            paused = time.perf_counter()
-            if not evaluates:
-                statistics = estimate_statistics(sync, full, dataset, autocast)
-            save_checkpoint(args.out_dir, sync, optimizer, now, saved_config, masks, statistics)
-            since += time.perf_counter() - paused                    # not a part of any step
-        if stops and not end:
-            say(f"told to stop (SIGTERM): saved after step {now}; the same command with --resume goes on from there")
-            return False
-    return True
+    if RANK == 0 and finished and FAMILIES[args.model] is TEXT:
+        say(f"\nA sample of the full model in {out_dir / 'ckpt.pt'}:\n")
+        try:
+            say(sample(open_checkpoint(out_dir)[0], "def " if args.data == "stdlib" else "\n", device))
+        except UserError as e:
+            say(f"(none: {e})")
 
 
 def leave(code, said):
-    """Ends this process at once: the threads of open or dead connections would wait, or turn the exit code into an abort."""
+    """Ends this process at once: threads of connections, open or dead, would wait or change the exit code."""
     print(f"error: {said}", file=sys.stderr, flush=True)
     os._exit(code)
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        if RANK > 0:                                                 # rank 0 says it, and torchrun then ends this rank
-            time.sleep(10)
-        leave(2, (f"rank {RANK}: " if RANK else "") + str(e))
-    except RuntimeError as e:
-        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+def run(main):
+    """Runs main() as the program of this rank: what went wrong is one line, said by one rank."""
+    def this_rank():
+        try:
+            main()
+        except (UserError, OSError) as e:
+            if RANK > 0:                                             # rank 0 says it; torchrun ends this rank
+                time.sleep(10)
+                raise UserError(f"rank {RANK}: {e}") from e
             raise
-        leave(1, f"rank {RANK} waited for the other workers in {PHASE}, but lost them: {str(e).splitlines()[0]}")
+        except RuntimeError as e:
+            if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+                raise
+            reason = str(e).splitlines()[0]
+            leave(1, f"rank {RANK} waited for the other workers in {PHASE}, but lost them: {reason}")
+
+    sys.stdout.reconfigure(errors="replace")                         # not every terminal can show the masks
+    code = data.run_program(this_rank)
+    if code:
+        os._exit(code)                                               # see `leave`
+
+
+if __name__ == "__main__":
+    run(main)

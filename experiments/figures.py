@@ -1,5 +1,7 @@
 """
-Draws the figures of the README from the result files beside it (needs matplotlib):  python assets/plot.py
+Draws the figures of the README into figures/ from the files in results/ (needs matplotlib).
+
+    python experiments/figures.py
 """
 
 import json
@@ -36,15 +38,20 @@ def masks():
         for spine in axis.spines.values():
             spine.set_visible(False)
     fig.tight_layout()
-    fig.savefig(HERE / "masks.png", dpi=130)
+    fig.savefig(HERE / "figures/masks.png", dpi=130)
 
 
 def memory():
     """What one worker of llama-1b has in memory at the peak, by --plan."""
-    rows = [r for r in json.loads((HERE / "plan_llama-1b.json").read_text()) if " at " not in r["variant"]]
+    rows = [
+        r for r in json.loads((HERE / "results/plan_llama-1b.json").read_text()) if " at " not in r["variant"]
+    ]
     fig, axis = plt.subplots(figsize=(9, 3.4))
     left = np.zeros(len(rows))
-    for kind, colour in zip(("parameters", "gradients", "optimizer", "activations", "temporary"), ("#08306b", "#2171b5", "#6baed6", "#fdae6b", "#d9d9d9")):
+    for kind, colour in zip(
+        ("parameters", "gradients", "optimizer", "activations", "temporary"),
+        ("#08306b", "#2171b5", "#6baed6", "#fdae6b", "#d9d9d9"),
+    ):
         width = np.array([r["memory"][kind] / 1e9 for r in rows])
         axis.barh([r["variant"] for r in rows], width, left=left, color=colour, label=kind)
         left += width
@@ -56,33 +63,48 @@ def memory():
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     axis.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
-    fig.savefig(HERE / "memory.png", dpi=130)
+    fig.savefig(HERE / "figures/memory.png", dpi=130)
 
 
 def timeline():
     """When all-reduces run beside the backward pass over a link of 1 Gbit/s, from torch.profiler's traces."""
-    settings = json.loads((HERE / "timeline.json").read_text())
+    settings = json.loads((HERE / "results/timeline.json").read_text())
     fig, axes = plt.subplots(len(settings), 1, figsize=(9, 4))
     for axis, (setting, variants) in zip(axes, settings.items()):
         for i, (name, t) in enumerate(variants.items()):
-            axis.barh(i - 0.18, t["backward_ms"], height=0.34, color="#08306b", label="backward" if i == 0 else None)
+            axis.barh(
+                i - 0.18, t["backward_ms"], height=0.34, color="#08306b", label="backward" if i == 0 else None
+            )
             for j, (begin, end) in enumerate(t["all_reduces_ms"]):
-                axis.barh(i + 0.18, end - begin, left=begin, height=0.34, color="#fd8d3c", alpha=0.55, edgecolor="white",
-                          linewidth=0.4, label="all-reduces" if i == j == 0 else None)
+                axis.barh(
+                    i + 0.18,
+                    end - begin,
+                    left=begin,
+                    height=0.34,
+                    color="#fd8d3c",
+                    alpha=0.55,
+                    edgecolor="white",
+                    linewidth=0.4,
+                    label="all-reduces" if i == j == 0 else None,
+                )
         axis.set_yticks(range(len(variants)), list(variants), fontsize=9)
         axis.invert_yaxis()
-        axis.set_title({"compute": "512 tokens a worker", "communication": "64 tokens a worker"}[setting], fontsize=10, loc="left")
+        axis.set_title(
+            {"compute": "512 tokens a worker", "communication": "64 tokens a worker"}[setting],
+            fontsize=10,
+            loc="left",
+        )
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(0)
     axes[0].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncol=2)
     axes[-1].set_xlabel("ms since the backward pass began")
     fig.tight_layout()
-    fig.savefig(HERE / "timeline.png", dpi=130)
+    fig.savefig(HERE / "figures/timeline.png", dpi=130)
 
 
 def curves():
     """Training loss of llama-tiny in float32 and in bfloat16, every variant."""
-    rows = [json.loads(line) for line in (HERE / "bf16.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (HERE / "results/bf16.jsonl").read_text().splitlines()]
     fig, axis = plt.subplots(figsize=(9, 3.4))
     for row, colour in zip(rows, ("black", "#2171b5", "#6baed6", "#d94801", "#fdae6b")):
         steps = 10 * np.arange(1, len(row["fp32"]) + 1)
@@ -94,7 +116,7 @@ def curves():
     axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
-    fig.savefig(HERE / "curves.png", dpi=130)
+    fig.savefig(HERE / "figures/curves.png", dpi=130)
 
 
 if __name__ == "__main__":
