@@ -904,6 +904,9 @@ def test_a_checkpoint_that_loads_but_is_wrong_is_one_line(tmp_path):
         with pytest.raises(data.UserError, match="checkpoint") as caught:
             train.main(flags(tmp_path, "--resume", "--subnets", 2, steps=4))
         assert "\n" not in str(caught.value), what
+        if what in ("a name is missing", "another shape", "no model's name", "no flags"):
+            with pytest.raises(data.UserError, match="checkpoint"):
+                train.main(["--resume", "--out-dir", str(tmp_path / "out"), "--sample", "x", "--device", "cpu"])
     path.write_bytes(raw)
     train.main(flags(tmp_path, "--resume", "--subnets", 2, steps=4))
 
