@@ -576,8 +576,9 @@ def sample(checkpoint, prompt, device, count=200):
         raise UserError(f"--sample prints text, and the checkpoint's model, {saved['model']}, reads images")
     encoding = data.encoding_for(saved["vocab_size"])
     try:
+        config = llama.LlamaConfig(**{field.name: saved[field.name] for field in fields(llama.LlamaConfig)})
         with torch.device("meta"):
-            model = llama.Llama(llama.LlamaConfig(**{f.name: saved[f.name] for f in fields(llama.LlamaConfig)}))
+            model = llama.Llama(config)
         model.load_state_dict(checkpoint["model"], assign=True)
     except (KeyError, RuntimeError, TypeError):
         raise UserError("the checkpoint's 'model' does not have the sizes that its 'config' says") from None
@@ -702,8 +703,9 @@ def is_ours(checkpoint):
         return False
     config = checkpoint["config"]
     parts = {"model", "optimizer", "step", "masks"}
-    flags = {"data", "seed", "parallel", "subnets", "coverage", "level"}
-    return parts <= checkpoint.keys() and flags <= config.keys() and config.get("model") in DEFAULTS
+    flags = {"data": str, "seed": int, "parallel": str, "subnets": int, "coverage": str, "level": str}
+    typed = all(type(config.get(flag)) is kind for flag, kind in flags.items())
+    return typed and parts <= checkpoint.keys() and config.get("model") in DEFAULTS
 
 
 def kinds(x):
@@ -721,7 +723,8 @@ def check(checkpoint, design, dataset):
     state = {name: {**dict.fromkeys(moments, p), "step": 0} for name, p in full.named_parameters()}
     masks = {}                                                       # of DDP
     if saved["parallel"] == "sdp":
-        masks = {name: torch.empty(b[1], saved["subnets"], dtype=torch.bool) for name, b in design.branches.items()}
+        n = saved["subnets"]
+        masks = {name: torch.empty(b[1], n, dtype=torch.bool) for name, b in design.branches.items()}
     wanted = {"model": [full.state_dict()], "optimizer": [state, no_update], "step": [0], "masks": [masks]}
     for part, those in wanted.items():
         if kinds(checkpoint[part]) not in map(kinds, those):

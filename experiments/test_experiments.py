@@ -107,7 +107,7 @@ def cpu_allocator_peak(work, *alive):
     ],
 )
 def test_the_plan_is_what_the_tracker_sees_on_real_tensors_and_what_the_allocator_says(name, more):
-    args, config = settled("--batch-size", 8, *more)
+    args, config = settled("--batch-size", 8, *([] if more == IMAGES else ["--seq-len", 32]), *more)
     design = plan.designs(args, config)[name]
     batch = batch_of(args, config)
     for rank in plan.largest(design, 4)[:2]:
