@@ -437,8 +437,8 @@ def main(argv=None):
     device, _ = train.pick_device(args.device)
     config, batch = shapes(args)
     world, all_designs = args.subnets, designs(args, config)
-    say(f"{args.model}, {world} workers, {args.subnets} subnets, coverage {args.coverage}, batch "
-        f"{args.batch_size}, {device.type}, {args.dtype}; {args.level} level; who holds what (subnets across):\n")
+    say(f"{args.model}, {world} workers, {args.subnets} subnets, coverage {args.coverage}, "
+        f"batch {args.batch_size}, {device.type}, {args.dtype}; who holds what (subnets across):\n")
     train.describe_masks(all_designs[f"sdp-forward-{args.level}"])
     for held in range(1, args.subnets + 1):
         coverage = f"{held}/{args.subnets}"
