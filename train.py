@@ -271,7 +271,8 @@ def train(args, device, checkpoint):
             if not evaluates:
                 statistics = estimate_statistics(sync, full, dataset, autocast)
             facts = {**design.facts(), "data_digest": dataset.digest, "flops": flops_done}
-            save_checkpoint(out_dir, sync, optimizer, now, updates, facts, design.masks, statistics)
+            masks = design.masks if args.parallel == "sdp" else {}
+            save_checkpoint(out_dir, sync, optimizer, now, updates, facts, masks, statistics)
             since += time.perf_counter() - paused                    # not a part of any step
         if stops and not end:
             say(f"told to stop: saved after step {now}; the same command with --resume goes on from there")
@@ -330,6 +331,8 @@ class Design:
 
     def keep_masks(self, saved, masks):
         """Takes a checkpoint's masks, if flags are as they were and the mask function still makes them."""
+        if self.args.parallel != "sdp":
+            return
         seed = saved.get("mask_seed", saved["seed"])
         if any(saved[flag] != vars(self.args)[flag] for flag in ("parallel", "subnets", "coverage", "level")):
             say("new masks: --parallel, --subnets, --coverage or --level is not as it was")
@@ -572,9 +575,13 @@ def sample(checkpoint, prompt, device, count=200):
     if FAMILIES[saved["model"]] is not TEXT:
         raise UserError(f"--sample prints text, and the checkpoint's model, {saved['model']}, reads images")
     encoding = data.encoding_for(saved["vocab_size"])
-    with torch.device("meta"):
-        model = llama.Llama(llama.LlamaConfig(**{f.name: saved[f.name] for f in fields(llama.LlamaConfig)}))
-    model.load_state_dict(checkpoint["model"], assign=True)
+    try:
+        config = llama.LlamaConfig(**{field.name: saved[field.name] for field in fields(llama.LlamaConfig)})
+        with torch.device("meta"):
+            model = llama.Llama(config)
+        model.load_state_dict(checkpoint["model"], assign=True)
+    except (KeyError, RuntimeError, TypeError):
+        raise UserError("the checkpoint's 'model' does not have the sizes that its 'config' says") from None
     tokens = torch.tensor([encoding.encode_ordinary(prompt) or [10]], device=device)
     rng = torch.Generator(device).manual_seed(0)
     return encoding.decode(model.to(device).generate(tokens, count, generator=rng)[0].tolist())
@@ -696,8 +703,9 @@ def is_ours(checkpoint):
         return False
     config = checkpoint["config"]
     parts = {"model", "optimizer", "step", "masks"}
-    flags = {"data", "seed", "parallel", "subnets", "coverage", "level"}
-    return parts <= checkpoint.keys() and flags <= config.keys() and config.get("model") in DEFAULTS
+    flags = {"data": str, "seed": int, "parallel": str, "subnets": int, "coverage": str, "level": str}
+    typed = all(type(config.get(flag)) is kind for flag, kind in flags.items())
+    return typed and parts <= checkpoint.keys() and config.get("model") in DEFAULTS
 
 
 def kinds(x):
@@ -710,11 +718,13 @@ def kinds(x):
 def check(checkpoint, design, dataset):
     """-> steps and updates done.  Raises UserError unless the checkpoint fits model, data, and itself."""
     saved, full = checkpoint["config"], design.full_model()
-    n_subnets = saved["subnets"] if saved["parallel"] == "sdp" else 1
     no_update = {name: {"step": 0} for name in design.layout}
     moments = design.family.moments
     state = {name: {**dict.fromkeys(moments, p), "step": 0} for name, p in full.named_parameters()}
-    masks = {name: torch.empty(b[1], n_subnets, dtype=torch.bool) for name, b in design.branches.items()}
+    masks = {}                                                       # of DDP
+    if saved["parallel"] == "sdp":
+        n = saved["subnets"]
+        masks = {name: torch.empty(b[1], n, dtype=torch.bool) for name, b in design.branches.items()}
     wanted = {"model": [full.state_dict()], "optimizer": [state, no_update], "step": [0], "masks": [masks]}
     for part, those in wanted.items():
         if kinds(checkpoint[part]) not in map(kinds, those):
@@ -878,16 +888,16 @@ def main(argv=None):
     if args.sample is not None:
         if checkpoint is None:
             raise UserError(f"--sample needs --resume and a checkpoint in --out-dir {args.out_dir}")
-        if RANK == 0:
-            say(sample(checkpoint, args.sample, device))
-        return
-
-    with stop_signals():
-        finished = train(args, device, checkpoint)
-    del checkpoint
-    if DISTRIBUTED:                                                  # the others need not wait for the sample
+        finished = False
+    else:
+        with stop_signals():
+            finished = train(args, device, checkpoint)
+    if DISTRIBUTED:                                                  # the others need not wait for a sample
         dist.barrier()
         dist.destroy_process_group()
+    if RANK == 0 and args.sample is not None:
+        say(sample(checkpoint, args.sample, device))
+    del checkpoint
     if RANK == 0 and finished and FAMILIES[args.model] is TEXT:
         say(f"\nA sample of the full model in {out_dir / 'ckpt.pt'}:\n")
         try:

@@ -227,7 +227,8 @@ def wrap(design, module):
             sync = design.wrap(module)
     elif alone_here:
         sync = train.DataParallel(module)
-        sync.module.register_comm_hook(None, bf16_hook_without_peers if args.reduce_dtype == "bf16" else hook_without_peers)
+        hook = bf16_hook_without_peers if args.reduce_dtype == "bf16" else hook_without_peers
+        sync.module.register_comm_hook(None, hook)
     else:
         sync = design.wrap(module)
     optimizer = design.family.optimizer(sync.runs, design.layout, args.lr)
@@ -437,7 +438,7 @@ def main(argv=None):
     config, batch = shapes(args)
     world, all_designs = args.subnets, designs(args, config)
     say(f"{args.model}, {world} workers, {args.subnets} subnets, coverage {args.coverage}, "
-        f"batch {args.batch_size}, {device.type}, {args.dtype}; who holds what at {args.level} level (subnets across):\n")
+        f"batch {args.batch_size}, {device.type}, {args.dtype}; who holds what (subnets across):\n")
     train.describe_masks(all_designs[f"sdp-forward-{args.level}"])
     for held in range(1, args.subnets + 1):
         coverage = f"{held}/{args.subnets}"
