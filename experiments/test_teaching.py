@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.nn as nn
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
+import exercises
 import own_model
 import sdp
 
@@ -134,3 +136,98 @@ def test_sdp_refuses(wrong, message):
     wrong(gpt)
     with pytest.raises(ValueError, match=message):
         sdp.slots(gpt, masks_of("block", 4), own_model.layout(), 0)
+
+
+# -- exercises.py ------------------------------------------------------------------------------------------------------
+
+RIGHT = '''
+import torch
+averages = [4.5, 3, 2, 4]
+shares = [76.4, 52.9]
+bytes_sent = {"forward": [0, 0.5, 1, 1.5], "backward": [0.75, 1, 1.25, 1.5]}
+offsets = (0, 1, 3)
+def updates(steps, shared, coverage):
+    return int(steps / (shared + coverage * (1 - shared)) + 1e-9)
+equal_to_dense = {
+    "forward, coverage 1, own batches": True,
+    "forward, coverage 3/4, one batch for all": False,
+    "backward, coverage 3/4, one batch for all": True,
+    "backward, coverage 3/4, own batches": False,
+}
+def masks(branches, n_subnets, held, seed=0):
+    last = max(block for block, *_ in branches.values())
+    out = {}
+    for name, (block, neurons, *_) in branches.items():
+        row = torch.zeros(n_subnets, dtype=torch.bool)
+        for i in range(held):
+            row[((block - 1) * held + i) % n_subnets] = True
+        out[name] = (row | (block in (0, last))).repeat(neurons, 1)
+    return out
+def contribution(parts):
+    return sum(float((gradient ** 2).sum()) / h for h, gradient in parts)
+def all_reduce(grad, mask, groups, rank, send):
+    for holders, group in groups.items():
+        if rank in holders:
+            row = torch.zeros(mask.shape[1], dtype=torch.bool)
+            row[list(holders)] = True
+            neurons = (mask == row).all(1)
+            message = grad[neurons] / len(holders)
+            send(message, group)
+            grad[neurons] = message
+hang = {0: ["01", "02"], 1: ["12", "01"], 2: ["02", "12"]}
+'''
+
+WRONG = [
+    (1, "averages = [4.5, 3, 2, 3]", "number 4"),
+    (1, "averages = [4.5]", "4 numbers"),
+    (2, "shares = [75, 50]", "number 1"),
+    (3, "bytes_sent = {'forward': [0, 0.5, 1, 1.5], 'backward': [0, 0.5, 1, 1.5]}", "backward: number 1"),
+    (4, "offsets = (0, 1, 2)", "gap of 0.352"),
+    (4, "offsets = (0, 4)", "three different"),
+    (5, "def updates(steps, shared, coverage): return int(steps / coverage)", r"updates\(250"),
+    (6, "equal_to_dense = {}", "four keys"),
+    (6, RIGHT.replace('all": False', 'all": True'), "1 of the four"),
+    (7, "import sdp\nmasks = sdp.block_masks", "subnets hold block 0"),
+    (7, "import sdp\nmasks = sdp.neuron_masks", "different rows"),
+    (7, "def masks(branches, n_subnets, held, seed=0): return {}", "not of this model"),
+    (8, "def contribution(parts): return sum(float((g ** 2).sum()) for h, g in parts)", "the sum is"),
+    (9, "def all_reduce(grad, mask, groups, rank, send): pass", "has not the averages"),
+    (9, RIGHT.replace("message = grad[neurons] / len(holders)", "message = grad[neurons].clone()"), "not the averages"),
+    (9, "def all_reduce(grad, mask, groups, rank, send):\n    send(grad, None)\n    grad /= mask.sum(1, keepdim=True)\n"
+        "    grad *= mask[:, rank, None]", "1 messages"),
+    (10, "hang = {0: ['01', '02'], 1: ['01', '12'], 2: ['02', '12']}", "does not hang"),
+    (10, "hang = {0: ['01'], 1: ['01', '12'], 2: ['02', '12']}", "worker 0"),
+    (10, "", "no answer yet"),
+]
+
+
+def check(number, answers, folder):
+    (folder / "answers.py").write_text(answers)
+    return exercises.check(number, runpy.run_path(folder / "answers.py"))
+
+
+@pytest.mark.parametrize("number", range(1, 11))
+def test_right_answers_pass(number, tmp_path):
+    assert check(number, RIGHT, tmp_path) == "right"
+
+
+@pytest.mark.parametrize("number, answers, missing", WRONG, ids=range(len(WRONG)))
+def test_wrong_answers_fail(number, answers, missing, tmp_path):
+    said = check(number, answers, tmp_path)
+    assert said.startswith("no") and re.search(missing, said), said
+
+
+def test_exercises_from_the_shell(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def main(*args):
+        monkeypatch.setattr(sys, "argv", ["exercises.py", *args])
+        return exercises.main(), *capsys.readouterr()
+
+    code, text, _ = main()
+    assert code == 0 and all(f"{n}. " in text for n in range(1, 11))
+    assert main("11")[::2] == (2, "error: wanted one number from 1 to 10\n")
+    assert main("1")[0] == 1                                         # there is no answers.py
+    Path("answers.py").write_text(RIGHT)
+    code, text, _ = main("1")
+    assert code == 0 and text.endswith("\nright\n")
