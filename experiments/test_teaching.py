@@ -231,3 +231,49 @@ def test_exercises_from_the_shell(tmp_path, monkeypatch, capsys):
     Path("answers.py").write_text(RIGHT)
     code, text, _ = main("1")
     assert code == 0 and text.endswith("\nright\n")
+
+
+# -- README.md ---------------------------------------------------------------------------------------------------------
+
+def test_the_snippets_of_the_readme_are_a_script(tmp_path):
+    """As they are printed, on four workers.  Only what checks them is added."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE.parent / "README.md").read_text(), re.S)
+    assert len(blocks) == 3
+    mask, use, again = blocks
+    before, after = tmp_path / "before.py", tmp_path / "after.py"
+    before.write_text("""
+parts = []
+
+def remember():
+    for moment in "exp_avg", "exp_avg_sq":
+        parts.append({n: t.clone() for n, t in sync.gather([optimizer.state[r.param][moment] for r in sync.runs])})
+    parts.append({n: t.clone() for n, t in sync.gather()})
+
+remember()
+wire = sync
+def same():
+    remember()
+    for old, new in zip(parts[-6:-3], parts[-3:]):
+        assert old.keys() == new.keys() == layout.keys()
+        assert all(torch.equal(old[name], new[name]) for name in old)
+""")
+    again = again.replace("    train(sync", "    same()\n    train(sync").replace("seed + 5))", "seed + 5))\n    remember()")
+    again += """
+assert not any(torch.equal(sync.masks[b], wire.masks[b]) for b in branches)
+assert optimizer.state[sync.runs[0].param]["step"] == 15
+assert any(run.holders == (0, 1, 2) for run in wire.runs) or sync.rank == 3
+print("done")
+dist.destroy_process_group()
+"""
+    script = tmp_path / "mine.py"
+    script.write_text("\n".join([mask, use, before.read_text(), again]))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", script],
+                          capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and done.stdout.count("done") == 4, done.stdout + done.stderr[-3000:]
+
+
+def test_the_readme_is_short():
+    lines = (HERE.parent / "README.md").read_text().splitlines()
+    assert len(lines) <= 230 and sum(len(line.split()) for line in lines) <= 2500
+    assert max(map(len, lines)) <= 120
