@@ -1,0 +1,343 @@
+"""
+Exercises, from pencil to code.  Each has a check.
+
+    python experiments/exercises.py           all exercises as text
+    python experiments/exercises.py 3         number 3, and whether your answer is right or what is missing
+
+Write your answers into a file answers.py in the folder from which you call this script: one name an exercise, a value or a
+function, as the text says.  Answers are not printed.  They are not in this file either: the checks compute them.
+"""
+
+import functools
+import inspect
+import itertools
+import math
+import os
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import model_llama as llama
+import sdp
+
+
+class Wrong(Exception):
+    """The answer is not right; the text says what is missing."""
+
+
+def need(right, missing):
+    if not right:
+        raise Wrong(missing)
+
+
+def close(answer, right, tolerance):
+    """answer: a list of numbers."""
+    need(isinstance(answer, (list, tuple)) and len(answer) == len(right), f"wanted a list of {len(right)} numbers")
+    for i, (a, b) in enumerate(zip(answer, right)):
+        need(abs(a - b) <= tolerance, f"number {i + 1} of {len(right)} is not right: {a}")
+
+
+def averages(average):
+    """Pencil: average by hand.
+
+    Three workers, each with its own subnetwork (W = S = 3), four neurons.  "-": not held.
+
+        neuron    worker 0    worker 1    worker 2
+           0          3           -           6
+           1          -           5           1
+           2          2           2           -
+           3          1           4           7
+
+    averages = [the averaged gradient of neuron 0, of neuron 1, 2, 3]
+    """
+    grad = np.array([[3, math.nan, 6], [math.nan, 5, 1], [2, 2, math.nan], [1, 4, 7]])
+    close(average, np.nanmean(grad, axis=1), 1e-6)
+
+
+def shares(share):
+    """Pencil, then a shell: how much of the model does a worker hold?
+
+    llama-tiny, block level, four subnetworks.  At coverage 3/4 a worker holds more than 75 % of the parameters.  Why?
+    (`python experiments/plan.py` prints the figures, or count the parameters of `model_llama.layout(config)`.)
+
+    shares = [percent of the parameters at coverage 3/4, percent at 1/2], to 0.1
+    """
+    config = llama.LlamaConfig()
+    total, right = sum(shape.numel() for _, _, shape in llama.layout(config).values()), []
+    for held in 3, 2:
+        masks = sdp.block_masks(llama.branches(config), 4, held)
+        with torch.device("meta"):
+            subnet = llama.Llama(config, sdp.held_counts(masks, 0))
+        right.append(100 * sum(p.numel() for p in subnet.parameters()) / total)
+    close(share, right, 0.1)
+
+
+def bytes_sent(answer):
+    """Pencil: bytes.
+
+    W = S = 4.  A ring all-reduce among h workers sends 2 (h-1)/h bytes for each byte and worker.  Each neuron is held by
+    k workers.  How many bytes does a worker send in one update for each byte of the full model's branches?  Under
+    backward masking the new weights travel as well.  Who needs them?  How often must each be sent?
+
+    bytes_sent = {"forward": [at k = 1, 2, 3, 4], "backward": [at k = 1, 2, 3, 4]}
+    """
+    need(isinstance(answer, dict) and answer.keys() == {"forward", "backward"}, "wanted a dict: forward, backward")
+    for regime in answer:
+        right = []
+        for k in 1, 2, 3, 4:                                         # one neuron for each set of k workers
+            sets = list(itertools.combinations(range(4), k))
+            sent = sum(k * 2 * (k - 1) / k + (4 - k) * (regime == "backward") for _ in sets)       # by all workers
+            right.append(sent / 4 / len(sets))
+        try:
+            close(answer[regime], right, 1e-6)
+        except Wrong as wrong:
+            raise Wrong(f"{regime}: {wrong}") from None
+
+
+def offsets(answer):
+    """Pencil or code: masks that spread news.
+
+    Eight subnetworks.  Neuron n is held by the subnets n + a, n + b, n + c (mod 8), for three different offsets a, b, c.
+    Which offsets give the largest spectral gap (`sdp.spectral_gap`)?  Before you search: what is the gap of two offsets
+    0 and 4, and what does it mean?
+
+    offsets = (a, b, c)
+    """
+    def gap(of):
+        rows = np.zeros((8, 8))
+        for n in range(8):
+            rows[n, [(n + a) % 8 for a in of]] = 1
+        return sdp.spectral_gap(rows, np.ones(8))[0]
+
+    need(isinstance(answer, tuple) and len({a % 8 for a in answer}) == 3, "wanted three different offsets, (a, b, c)")
+    best = max(gap(of) for of in itertools.combinations(range(8), 3))
+    need(gap(answer) > best - 1e-6, f"these have a gap of {gap(answer):.3f}, and there are better ones")
+
+
+def updates(function):
+    """Pencil: FLOP-matched.
+
+    Of DDP's FLOPs in an update, a fraction `shared` is spent outside of branches (embedding, head).  A worker at coverage
+    C does all of those, and C of the rest.  How many updates of SDP cost as many FLOPs as `steps` updates of DDP?  Round
+    down.
+
+    def updates(steps, shared, coverage): ...
+    """
+    for steps, shared, coverage in (250, 0.03, 0.75), (1000, 0.0, 0.5), (100, 0.5, 0.25), (77, 0.1, 1.0):
+        done, spent = 0, 0.0
+        while spent + shared + coverage * (1 - shared) <= steps + 1e-6:
+            spent += shared + coverage * (1 - shared)
+            done += 1
+        got = function(steps, shared, coverage)
+        need(got == done, f"updates({steps}, {shared}, {coverage}) gives {got}")
+
+
+def equal_to_dense(answer):
+    """Predict, then see: when is it full training?
+
+    Four workers, S = 4.  Is the averaged gradient the dense model's, on the mean of the workers' losses?
+
+    equal_to_dense = {
+        "forward, coverage 1, own batches": True or False,
+        "forward, coverage 3/4, one batch for all": ...,
+        "backward, coverage 3/4, one batch for all": ...,
+        "backward, coverage 3/4, own batches": ...,
+    }
+    """
+    right = {}
+    config = llama.LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=4, vocab_size=16)
+    branches, layout = llama.branches(config), llama.layout(config)
+    value = sdp.fresh(layout, functools.partial(llama.init, config), seed=0)
+    tokens = torch.randint(16, (4, 2, 16), generator=torch.Generator().manual_seed(0))
+    for regime, held, batches in ("forward", 4, "own batches"), ("forward", 3, "one batch for all"), \
+                                 ("backward", 3, "one batch for all"), ("backward", 3, "own batches"):
+        masks, backward = sdp.neuron_masks(branches, 4, held), regime == "backward"
+        with torch.device("meta"):
+            modules = [llama.Llama(config, sdp.held_counts(masks, s), backward) for s in range(4)]
+            dense = llama.Llama(config)
+        for name in layout:
+            sdp.put(dense, name, torch.nn.Parameter(value(name)))
+        simulation = sdp.Simulation(modules, masks, layout, value)
+        for worker in range(4):
+            batch = tokens[worker if batches == "own batches" else 0]
+            simulation.run(worker, batch, batch).backward()
+            (dense(batch, batch) / 4).backward()
+        simulation.finish()
+        same = all(torch.allclose(p.grad, dense.get_parameter(name).grad, atol=1e-5)
+                   for name, p in simulation.params.items())
+        right[f"{regime}, coverage {'1' if held == 4 else '3/4'}, {batches}"] = same
+    need(isinstance(answer, dict) and answer.keys() == right.keys(), "wanted a dict with the four keys of the text")
+    wrong = [case for case in right if answer[case] is not right[case]]
+    need(not wrong, f"{len(wrong)} of the four are not so")
+
+
+def masks(function):
+    """Code: a mask function.
+
+    The first and the last block matter most, people say.  Write masks at block level in which all subnets hold the first
+    and the last block whole, and exactly `held` subnets hold each block between.  Of those blocks no subnet may hold over
+    one more than another.  (`branches` is as in model_llama.py.)
+
+    def masks(branches, n_subnets, held, seed=0): ...
+    """
+    for layers, n_subnets, held in (6, 4, 2), (9, 4, 3), (4, 2, 1), (10, 8, 5):
+        branches = llama.branches(llama.LlamaConfig(num_hidden_layers=layers))
+        case = f"{layers} blocks, n_subnets={n_subnets}, held={held}"
+        made = function(branches, n_subnets, held)
+        try:
+            sdp.check_masks(made, branches)
+        except (ValueError, AttributeError, TypeError) as error:
+            raise Wrong(f"{case}: {error}") from None
+        carried = torch.zeros(n_subnets)
+        for name, (block, *_) in branches.items():
+            mask = made[name]
+            need(bool((mask == mask[0]).all()), f"{case}: the neurons of {name} have different rows")
+            twin = made[name.replace("mlp", "self_attn")]
+            need(torch.equal(mask[0], twin[0]), f"{case}: block {block} is not held whole")
+            wanted = n_subnets if block in (0, layers - 1) else held
+            need(int(mask[0].sum()) == wanted, f"{case}: {int(mask[0].sum())} subnets hold block {block}, not {wanted}")
+            if block not in (0, layers - 1) and name.endswith("mlp"):
+                carried += mask[0]
+        need(float(carried.max() - carried.min()) <= 1, f"{case}: the subnets hold {carried.int().tolist()} blocks between")
+
+
+def contribution(function):
+    """Code: clip by the full model's norm.
+
+    A worker has its averaged gradients as a list of (h, gradient): `gradient` is a 1-D tensor that h workers hold alike.
+    Each worker gives one number to one all-reduce, which adds them up.  The root of the sum must be the norm of the full
+    model's gradient.  (What happens to the replicas if each worker clips by the norm of what it holds?)
+
+    def contribution(parts): ...     # -> a number
+    """
+    generator = torch.Generator().manual_seed(0)
+    for workers, sets in (3, [(0, 1), (1, 2), (0, 1, 2)]), (4, [(0,), (1, 2, 3), (0, 3), (0, 1, 2, 3)]), (1, [(0,)]):
+        grads = [torch.randn(5, generator=generator) for _ in sets]
+        total = 0.0
+        for worker in range(workers):
+            total += float(function([(len(s), g) for s, g in zip(sets, grads) if worker in s]))
+        right = float(torch.cat(grads).norm())
+        need(total >= 0 and abs(math.sqrt(total) - right) < 1e-3 * right,
+             f"{workers} workers: the sum is {total:.4f}; its root should be the norm of {len(grads)} gradients")
+
+
+def all_reduce(function):
+    """Code: the masked all-reduce.
+
+    Every worker has a gradient [neurons, 3], with zeros where it holds nothing.  Average it in place, with *one message for
+    each holder set*, and send no neuron to a worker that does not hold it.  Four processes will run your function.
+
+        mask      bool [neurons, 4]: who holds which neuron (W = S = 4)
+        groups    {holder set, a sorted tuple: its process group}
+        rank      of this worker
+        send      send(message, group): adds up the tensor `message` over the group, in place
+
+    def all_reduce(grad, mask, groups, rank, send): ...
+    """
+    path = inspect.getsourcefile(function)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            mp.spawn(reduce_worker, (path, function.__name__, folder), nprocs=4)
+        except mp.ProcessException as error:
+            raise Wrong(str(error).strip().splitlines()[-1]) from None
+
+
+def reduce_worker(rank, path, name, folder):
+    torch.set_num_threads(1)
+    function = runpy.run_path(path)[name]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
+    try:
+        mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]]).bool()
+        everybody = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(1)) * mask.T[:, :, None]
+        sets = sorted({tuple(row.nonzero().flatten().tolist()) for row in mask})
+        groups = {holders: dist.new_group(holders) for holders in sets}
+        sent = []
+
+        def send(message, group):
+            sent.append(message.numel())
+            dist.all_reduce(message, group=group)
+
+        grad = everybody[rank].clone()
+        function(grad, mask, groups, rank, send)
+        right = everybody.sum(0) / mask.sum(1, keepdim=True) * mask[:, rank, None]
+        need(torch.allclose(grad, right, atol=1e-6), f"worker {rank} has not the averages of what it holds, and 0 elsewhere")
+        mine = sum(rank in holders for holders in sets)
+        need(len(sent) == mine, f"worker {rank} sent {len(sent)} messages, but is in {mine} holder sets")
+        need(sum(sent) == grad[mask[:, rank]].numel(), f"worker {rank} sent {sum(sent)} numbers, more or less than it holds")
+    finally:
+        dist.destroy_process_group()
+
+
+def hang(orders):
+    """Pencil: why one global order?
+
+    Three workers, three groups: "01", "12", "02".  Each worker takes part in two all-reduces, and a worker that has begun
+    one waits for the other member.  Find an order for each worker with which all wait for ever.
+
+    hang = {0: [two groups], 1: [two groups], 2: [two groups]}
+    """
+    groups = "01", "12", "02"
+    need(isinstance(orders, dict) and sorted(orders) == [0, 1, 2], "wanted {0: [...], 1: [...], 2: [...]}")
+    left = {}
+    for worker, order in orders.items():
+        need(sorted(order) == sorted(group for group in groups if str(worker) in group),
+             f"worker {worker} has to go once through each of its groups")
+        left[worker] = list(order)
+    moved = True
+    while moved:
+        moved = False
+        for group in groups:
+            members = [int(c) for c in group]
+            if all(left[worker][:1] == [group] for worker in members):
+                for worker in members:
+                    left[worker].pop(0)
+                moved = True
+    need(all(left.values()), "with these orders it does not hang")
+
+
+EXERCISES = [averages, shares, bytes_sent, offsets, updates, equal_to_dense, masks, contribution, all_reduce, hang]
+
+
+def check(number, answers):
+    """-> "right", or what is missing.  answers: {name: value}."""
+    exercise = EXERCISES[number - 1]
+    if exercise.__name__ not in answers:
+        return f"no answer yet: answers.py has no {exercise.__name__}"
+    answer = answers[exercise.__name__]
+    wants_function = f"def {exercise.__name__}(" in exercise.__doc__
+    if callable(answer) != wants_function:
+        return "not yet: wanted a function" if wants_function else "not yet: wanted a value, not a function"
+    try:
+        exercise(answer)
+    except Wrong as wrong:
+        return f"not yet: {wrong}"
+    return "right"
+
+
+def main():
+    numbers = range(1, len(EXERCISES) + 1)
+    if sys.argv[1:] and (len(sys.argv) > 2 or sys.argv[1] not in map(str, numbers)):
+        print(f"error: wanted one number from 1 to {len(EXERCISES)}", file=sys.stderr)
+        return 2
+    if not sys.argv[1:]:
+        for number in numbers:
+            print(f"{number}. {inspect.getdoc(EXERCISES[number - 1])}\n")
+        return 0
+    number = int(sys.argv[1])
+    print(f"{number}. {inspect.getdoc(EXERCISES[number - 1])}\n")
+    path = Path("answers.py")
+    result = check(number, runpy.run_path(str(path)) if path.exists() else {})
+    print(result)
+    return 0 if result == "right" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
