@@ -83,10 +83,11 @@ class Family(NamedTuple):
     max_norm: float                 # gradients are clipped to it; recipes for images do not clip
     last_lr: float                  # where the schedule ends, as a part of the peak
     classifies: bool                # then accuracy is of interest
+    scales: bool                    # branches' outputs are scaled (a batch norm behind the sum would undo it)
 
 
-TEXT = Family(llama, llama.Llama, "vocab_size", adamw, ("exp_avg", "exp_avg_sq"), 1.0, 0.1, False)
-IMAGES = Family(resnet, resnet.ResNet, "num_classes", momentum, ("momentum_buffer",), math.inf, 0.0, True)
+TEXT = Family(llama, llama.Llama, "vocab_size", adamw, ("exp_avg", "exp_avg_sq"), 1.0, 0.1, False, True)
+IMAGES = Family(resnet, resnet.ResNet, "num_classes", momentum, ("momentum_buffer",), math.inf, 0.0, True, False)
 FAMILIES = {model: IMAGES if model in resnet.PRESETS else TEXT for model in DEFAULTS}
 
 
@@ -356,8 +357,11 @@ class Design:
 
     def model(self, subnet):
         """The model that a worker with this subnetwork trains, on the meta device."""
+        more = {}
+        if self.family.scales and not self.backward:                 # a part of a branch, at the size of the whole
+            more["scales"] = sdp.branch_scales(self.masks, subnet)
         with torch.device("meta"):
-            model = self.family.Model(self.config, sdp.held_counts(self.masks, subnet), self.backward)
+            model = self.family.Model(self.config, sdp.held_counts(self.masks, subnet), self.backward, **more)
         model.checkpoint_activations = self.args.checkpoint_activations
         for local, slot in sdp.slots(model, self.masks, self.layout, subnet).items():
             model.get_parameter(local).requires_grad_(slot.trains)
