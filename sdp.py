@@ -90,17 +90,25 @@ def block_masks(branches, n_subnets, held, seed=0):
 
 
 def neuron_masks(branches, n_subnets, held, seed=0):
-    """The neurons of each branch are dealt out, like cards, to at most `n_subnets` holder sets."""
+    """Each branch is dealt out in equal parts, part i to the i-th of at most `n_subnets` holder sets."""
     total = sum(neurons for _, neurons, *_ in branches.values())
     ones = np.ones((min(n_subnets, total), 1))
     sets = balanced_sets(ones, ones[:, 0], n_subnets, held, seed)  # bool [sets, n_subnets]
-    dealt = Counter()                                       # neurons so far, of each cost
-    masks = {}
-    for name, (_, neurons, *cost) in branches.items():
-        cards = (dealt[tuple(cost)] + np.arange(neurons)) % len(sets)
-        dealt[tuple(cost)] += neurons                       # the next one goes on where this one ended
-        masks[name] = torch.from_numpy(sets[np.sort(cards)])
-    return masks
+    costs = dict(zip(branches, relative_costs(branches)))
+    counts = {}                                             # branch -> neurons of each set
+    burden = 0                                              # [n_subnets, kinds]: what each subnet carries
+    for name, (_, neurons, *_) in branches.items():
+        counts[name] = np.full(len(sets), neurons // len(sets))
+        burden = burden + np.outer(sets.T @ counts[name], costs[name])
+    # The neurons left over, dearest first, one by one to the set whose members carry least
+    for name in sorted(branches, key=lambda name: tuple(costs[name]), reverse=True):
+        for _ in range(branches[name][1] % len(sets)):
+            open_sets = np.flatnonzero(counts[name] == counts[name].min())
+            after = [((burden[sets[i]] + costs[name]) ** 2).sum() for i in open_sets]
+            i = open_sets[int(np.argmin(after))]
+            counts[name][i] += 1
+            burden[sets[i]] += costs[name]
+    return {name: torch.from_numpy(np.repeat(sets, counts[name], axis=0)) for name in branches}
 
 
 MASKS = {"block": block_masks, "neuron": neuron_masks}      # train.py --level; yours is a third entry
@@ -248,7 +256,7 @@ def balanced_sets(cost, size, n_subnets, held, seed):
         return round(10 * (components - 1) + load.max() + 0.01 * (load ** 2).mean() - 0.02 * gap, 9)
 
     best = None
-    for _ in range(8):                                      # from eight starts: a search can get stuck
+    for _ in range(4):                                      # from four starts: a search can get stuck
         sets = np.zeros((bundles, n_subnets), bool)
         load = np.zeros((n_subnets, cost.shape[1]))
         for g in np.argsort(-weight.max(1), kind="stable"):  # dearest first, to those who carry least
@@ -256,7 +264,7 @@ def balanced_sets(cost, size, n_subnets, held, seed):
             sets[g, np.argsort(after)[:held]] = True
             load += np.outer(sets[g], weight[g])
         bad = badness(sets)
-        exchanges = int(1000 * min(1, (12 / n_subnets) ** 2)) if held < n_subnets else 0
+        exchanges = int(500 * min(1, (12 / n_subnets) ** 2)) if held < n_subnets else 0
         for _ in range(exchanges):
             i, j = rng.choice(n_subnets, 2, replace=False)
             gives = np.flatnonzero(sets[:, i] & ~sets[:, j])  # bundles that i can give to j

@@ -175,7 +175,8 @@ def train_steps(config, masks, backward, simulated=None, steps=20, accum=1, batc
     for step in range(steps):
         losses.append(backward_pass(sync, config, step, accum, batches))
         norm, total, ranks = sync.clip_grad_norm(clip, sum(losses[-1]), 1).tolist()
-        assert total == pytest.approx(sum(losses[-1]), rel=0.5) and ranks == (1 if simulated else sync.world)
+        assert ranks == (1 if simulated else sync.world)             # scalars are added up over the workers
+        assert total >= sum(losses[-1]) if not simulated else total == pytest.approx(sum(losses[-1]))
         norms.append(norm)
         optimizer.step()
         optimizer.zero_grad()
