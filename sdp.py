@@ -1,10 +1,10 @@
 """
 Subnetwork Data Parallelism (SDP): data parallelism in which each worker trains only a part of the model.
 
-There are W workers, each on its own data, and S subnetworks.  Worker r trains subnetwork r mod S.  After each backward
-pass, a parameter's gradient is averaged among the workers that hold it:
+There are W workers, each on its own data, and S subnetworks.  Worker r trains subnetwork r mod S.  After each
+backward pass, a parameter's gradient is averaged among the workers that hold it:
 
-    g_j  =  1/|H_j|  *  sum over workers i in H_j of  g_ij            H_j: the workers that hold parameter j
+    g_j  =  1/|H_j|  *  sum over workers i in H_j of  g_ij         H_j: the workers that hold parameter j
 
 No activations are exchanged.  Worked by hand, four neurons and two workers:
 
@@ -24,25 +24,29 @@ There are two regimes:
 
 The words:
 
-    neuron        the smallest piece that is held or not: a head, a hidden unit, a channel
-    branch        the f of a residual x <- x + f(x); its inside is a sum over its neurons
-    subnet        the number of a subnetwork, 0 to S-1
-    holders       the holder set of a neuron: all subnets that hold it, a sorted tuple
-    held, frozen  a worker trains the neurons it holds.  Under backward masking it also runs the others, frozen
-    refresh       a holder sends new weights to the workers that run them frozen
-    run           what one holder set has of one parameter: one stretch of memory, a 1-D tensor
+    branch      the f of a residual x <- x + f(x); its inside is a sum over its neurons
+    neuron      the smallest piece that is held or not: a head, a hidden unit, a channel
+    subnet      the number of a subnetwork, 0 to S-1
+    holders     of a neuron: all subnets that hold it, a sorted tuple; the coverage is their part of S
+    frozen      under backward masking a worker also runs the neurons it does not hold; they do not train here
+    refresh     a holder sends new weights to the workers that run them frozen
+    run         what one holder set has of one parameter: one stretch of memory, a 1-D tensor
 
-The file has the method four times, each time closer to the machine: `naive_masked_average`, which needs full-size
-tensors; `Simulation`, all workers in one process; `MaskedAllReduce`, real workers, one message for each holder set; and
-`SubnetDataParallel`, whose messages leave while the backward pass still runs.  You can stop after `MaskedAllReduce`.
+The file has the method four times, each time closer to the machine: `naive_masked_average`, which needs
+full-size tensors; `Simulation`, all workers in one process; `MaskedAllReduce`, real workers, one message
+for each holder set; and `SubnetDataParallel`, whose messages leave while the backward pass still runs.  You
+can stop after `MaskedAllReduce`.
 """
 
 import hashlib
+import math
 import os
 import weakref
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -55,21 +59,21 @@ from torch.func import functional_call
 def naive_masked_average(grad, held):
     """The formula with full-size tensors.
 
-    grad [neurons, ...] of this worker; held bool [neurons]: which neurons it holds.  Every neuron has a holder.
+    grad [neurons, ...] of this worker; held bool [neurons]: which it holds.  Each neuron has a holder.
     """
     held = held.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1))
-    total = grad * held                                              # zeros from those who do not hold
+    total = grad * held                                     # zeros from those who do not hold
     holders = held.clone()
-    dist.all_reduce(total)                                           # sum over i in H_j of g_ij
-    dist.all_reduce(holders)                                         # |H_j|
+    dist.all_reduce(total)                                  # sum over i in H_j of g_ij
+    dist.all_reduce(holders)                                # |H_j|
     return total / holders
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Masks: {branch: bool tensor [neurons, n_subnets]}.  This dict is the whole description of an SDP run
-# ---------------------------------------------------------------------------------------------------------------------
-# A model tells us its `branches`: branch name -> (block, number of neurons, *costs of one neuron).  The costs are of any
-# kinds, here bytes, FLOPs and activations; only their ratios matter.  A mask function returns such a dict of masks.
+# -----------------------------------------------------------------------------------------------------------
+# A model tells us its `branches`: branch name -> (block, number of neurons, *costs of one neuron).  The
+# costs are of any kinds, here bytes, FLOPs and activations; only their ratios matter.
 
 def block_masks(branches, n_subnets, held, seed=0):
     """Each block is held or skipped whole.  Exactly `held` of the subnets hold it."""
@@ -80,45 +84,38 @@ def block_masks(branches, n_subnets, held, seed=0):
     for (block, neurons, *_), of_one in zip(branches.values(), costs):
         cost[blocks.index(block)] += of_one * neurons
         size[blocks.index(block)] += neurons
-    sets = torch.from_numpy(balanced_sets(cost, size, n_subnets, held, seed))     # bool [blocks, n_subnets]
-    return {name: sets[blocks.index(block)].repeat(neurons, 1) for name, (block, neurons, *_) in branches.items()}
+    sets = torch.from_numpy(balanced_sets(cost, size, n_subnets, held, seed))  # bool [blocks, n_subnets]
+    return {name: sets[blocks.index(block)].repeat(neurons, 1)
+            for name, (block, neurons, *_) in branches.items()}
 
 
 def neuron_masks(branches, n_subnets, held, seed=0):
-    """Each branch is dealt out in equal runs of neurons, run i to the i-th of at most `n_subnets` holder sets."""
+    """The neurons of each branch are dealt out, like cards, to at most `n_subnets` holder sets."""
     total = sum(neurons for _, neurons, *_ in branches.values())
     ones = np.ones((min(n_subnets, total), 1))
-    sets = balanced_sets(ones, ones[:, 0], n_subnets, held, seed)    # bool [sets, n_subnets]
-    costs = dict(zip(branches, relative_costs(branches)))
-    counts = {}                                                      # branch -> neurons of each set
-    burden = np.zeros((n_subnets, len(next(iter(costs.values())))))  # what each subnet carries of each kind
-    for name, (_, neurons, *_) in branches.items():
-        counts[name] = np.full(len(sets), neurons // len(sets))
-        burden += np.outer(sets.T @ counts[name], costs[name])
-    # The neurons left over, dearest first, one by one to the set whose members carry least
-    for name in sorted(branches, key=lambda name: tuple(costs[name]), reverse=True):
-        for _ in range(branches[name][1] % len(sets)):
-            open_sets = np.flatnonzero(counts[name] == counts[name].min())
-            after = [((burden[sets[i]] + costs[name]) ** 2).sum() for i in open_sets]
-            i = open_sets[int(np.argmin(after))]
-            counts[name][i] += 1
-            burden[sets[i]] += costs[name]
-    return {name: torch.from_numpy(np.repeat(sets, counts[name], axis=0)) for name in branches}
+    sets = balanced_sets(ones, ones[:, 0], n_subnets, held, seed)  # bool [sets, n_subnets]
+    dealt = Counter()                                       # neurons so far, of each cost
+    masks = {}
+    for name, (_, neurons, *cost) in branches.items():
+        cards = (dealt[tuple(cost)] + np.arange(neurons)) % len(sets)
+        dealt[tuple(cost)] += neurons                       # the next one goes on where this one ended
+        masks[name] = torch.from_numpy(sets[np.sort(cards)])
+    return masks
 
 
-MASKS = {"block": block_masks, "neuron": neuron_masks}               # train.py --level; a mask of your own is a third entry
+MASKS = {"block": block_masks, "neuron": neuron_masks}      # train.py --level; yours is a third entry
 
 
 def check_masks(masks, branches):
-    """Raises ValueError for masks that cannot be trained.  Returns warnings for masks that perhaps should not be."""
+    """Raises ValueError for masks that cannot be trained.  Returns warnings for odd ones."""
     if masks.keys() != branches.keys():
         odd = sorted(masks.keys() ^ branches.keys())
         raise ValueError(f"the masks are not of this model: branches {odd[:3]} differ")
     n_subnets = count_subnets(masks)
     for name, mask in masks.items():
         if len(mask) != branches[name][1] or mask.shape[-1] != n_subnets:
-            raise ValueError(f"mask of {name}: wanted bool [{branches[name][1]} neurons, {n_subnets} subnets], "
-                             f"got {mask.dtype} {list(mask.shape)}")
+            raise ValueError(f"mask of {name}: wanted {branches[name][1]} neurons and {n_subnets} subnets, "
+                             f"got {list(mask.shape)}")
     sets, _ = holder_sets(masks)
     sizes = {len(holders) for holders in sets}
     warnings = []
@@ -146,13 +143,15 @@ def holder_sets(masks):
 
     Raises ValueError for what is no mask, and for a neuron without a holder.
     """
-    sets = {}                                                        # holders -> number
+    sets = {}                                               # holders -> number
     which = {}
     for name, mask in masks.items():
         if mask.dtype != torch.bool or mask.dim() != 2:
-            raise ValueError(f"mask of {name}: wanted bool [neurons, subnets], got {mask.dtype} {list(mask.shape)}")
-        if not mask.any(1).all():
-            raise ValueError(f"mask of {name}: no subnet holds neuron {int((~mask.any(1)).nonzero()[0])}")
+            raise ValueError(f"mask of {name}: wanted bool [neurons, subnets], "
+                             f"got {mask.dtype} {list(mask.shape)}")
+        alone = ~mask.any(1)
+        if alone.any():
+            raise ValueError(f"mask of {name}: no subnet holds neuron {int(alone.nonzero()[0])}")
         rows, inverse = mask.unique(dim=0, return_inverse=True)
         numbers = [sets.setdefault(tuple(row.nonzero().flatten().tolist()), len(sets)) for row in rows]
         which[name] = torch.tensor(numbers)[inverse]
@@ -160,7 +159,7 @@ def holder_sets(masks):
 
 
 def branch_holders(mask):
-    """The subnets that hold some neuron of the branch.  They hold what belongs to it as a whole: its norm, say."""
+    """The subnets that hold some neuron of the branch.  They hold its norm."""
     return tuple(mask.any(0).nonzero().flatten().tolist())
 
 
@@ -173,7 +172,8 @@ def relative_costs(branches):
 
 def loads(masks, branches):
     """[n_subnets, kinds]: what each subnet carries of the branches, over the mean subnet."""
-    load = sum(np.outer(mask.sum(0).numpy(), cost) for mask, cost in zip(masks.values(), relative_costs(branches)))
+    costs = relative_costs(branches)
+    load = sum(np.outer(mask.sum(0).numpy(), cost) for mask, cost in zip(masks.values(), costs))
     return load / load.mean(0)
 
 
@@ -186,14 +186,15 @@ def rows_of(masks):
 def spectral_gap(rows, neurons):
     """How well news spreads among the subnets: spectral gap, and number of connected components.
 
-    rows [n, n_subnets]: who holds item n; neurons [n]: how many neurons it stands for.  The gap is 1 - lambda_2 of the
-    random walk subnet -> neuron -> subnet.  Gap 0: some subnet never hears of some other through shared neurons.
-    Gap 1: one step of averaging mixes all.  (The paper's convergence proof for backward masking uses such a gap.)
+    rows [n, n_subnets]: who holds item n; neurons [n]: how many neurons it stands for.  The gap is 1 -
+    lambda_2 of the random walk subnet -> neuron -> subnet.  Gap 0: some subnet never hears of some other
+    through shared neurons.  Gap 1: one step of averaging mixes all.  (The paper's convergence proof uses
+    such a gap.)
     """
     rows = np.asarray(rows, float)
-    walk = (rows * (neurons / rows.sum(1))[:, None]).T @ rows        # [n_subnets, n_subnets]
+    walk = (rows * (neurons / rows.sum(1))[:, None]).T @ rows  # [n_subnets, n_subnets]
     degree = walk.sum(1)
-    alone = degree == 0                                              # a subnet that holds nothing stays where it is
+    alone = degree == 0                                     # a subnet that holds nothing stays where it is
     walk[alone, alone] = 1
     degree[alone] = 1
     eigenvalues = np.linalg.eigvalsh(walk / np.sqrt(np.outer(degree, degree)))
@@ -203,40 +204,33 @@ def spectral_gap(rows, neurons):
 
 def picture(masks, branches):
     """The masks as text: branches down (one line for a block that is held whole), subnets across."""
-    lines = []
-    seen = set()
+    lines = {}                                              # label -> one cell for each subnet
     for name, mask in masks.items():
         block = branches[name][0]
-        same_block = [m for branch, m in masks.items() if branches[branch][0] == block]
-        whole = all(bool((m == mask[0]).all()) for m in same_block)
-        if whole and block in seen:
-            continue
-        seen.add(block)
-        cells = []
-        for column in mask.float().T:                                # of one subnet: how much of each eighth it holds
-            parts = column.tensor_split(1 if whole else min(8, len(column)))
-            cell = "".join("·░▒▓█"[int(np.ceil(4 * float(part.mean())))] for part in parts)
-            cells.append(cell * 2 if whole else cell)
-        lines.append((f"block {block}" if whole else name, " ".join(cells)))
-    margin = max(len(label) for label, _ in lines)
-    return "\n".join(f"  {label:{margin}}  {cells}" for label, cells in lines)
+        whole = all(bool((m == mask[0]).all()) for branch, m in masks.items() if branches[branch][0] == block)
+        parts = mask.float().tensor_split(1 if whole else min(8, len(mask)))
+        held = torch.stack([part.mean(0) for part in parts], dim=1)  # [n_subnets, parts], 0 to 1
+        cells = ["".join("·░▒▓█"[math.ceil(4 * part)] for part in row) for row in held.tolist()]
+        lines[f"block {block}" if whole else name] = " ".join(cell * 2 if whole else cell for cell in cells)
+    margin = max(map(len, lines))
+    return "\n".join(f"  {label:{margin}}  {cells}" for label, cells in lines.items())
 
 
 def balanced_sets(cost, size, n_subnets, held, seed):
-    """Gives each of n items (blocks, say) a set of exactly `held` subnets; at most `n_subnets` different sets.
+    """Gives each of n items (blocks, say) a set of `held` subnets; at most `n_subnets` different sets.
 
     cost [n, kinds], size [n] in neurons -> bool [n, n_subnets].  Any sets would do.  These have a small
 
-        10 * (connected components - 1)  +  largest load / mean  +  0.01 * mean square load  -  0.02 * spectral gap
+        10 (components - 1)  +  largest load / mean  +  0.01 (mean square load)  -  0.02 (spectral gap)
 
-    The weights say what matters: connected first, then balance, then the gap.  A greedy start, then random exchanges
-    that are kept if they do no harm.  No clock, and numbers are rounded before they are compared: all ranks find the
-    same sets.
+    The weights say what matters: connected first, then balance, then the gap.  A greedy start, then random
+    exchanges that are kept if they do no harm.  All ranks find the same sets: no clock, and numbers are
+    rounded before they are compared.
     """
     if not 1 <= held <= n_subnets:
         raise ValueError(f"held must be from 1 to {n_subnets} (the number of subnets), not {held}")
     rng = np.random.default_rng(seed)
-    cost = cost / cost.sum(0) * n_subnets / held                     # now a subnet's mean load is 1
+    cost = cost / cost.sum(0) * n_subnets / held            # now a subnet's mean load is 1
     # Items beyond the number of sets share one: dearest first, into the lightest bundle
     bundles = min(len(cost), n_subnets)
     bundle = np.zeros(len(cost), int)
@@ -250,14 +244,14 @@ def balanced_sets(cost, size, n_subnets, held, seed):
 
     def badness(sets):
         gap, components = spectral_gap(sets, neurons)
-        load = sets.T @ weight                                       # [n_subnets, kinds], mean 1
+        load = sets.T @ weight                              # [n_subnets, kinds], mean 1
         return round(10 * (components - 1) + load.max() + 0.01 * (load ** 2).mean() - 0.02 * gap, 9)
 
     best = None
-    for _ in range(8):                                               # from eight starts: a search can get stuck
+    for _ in range(8):                                      # from eight starts: a search can get stuck
         sets = np.zeros((bundles, n_subnets), bool)
         load = np.zeros((n_subnets, cost.shape[1]))
-        for g in np.argsort(-weight.max(1), kind="stable"):          # dearest first, to those who carry least
+        for g in np.argsort(-weight.max(1), kind="stable"):  # dearest first, to those who carry least
             after = (load + weight[g]).max(1) + 1e-6 * rng.random(n_subnets)
             sets[g, np.argsort(after)[:held]] = True
             load += np.outer(sets[g], weight[g])
@@ -265,12 +259,12 @@ def balanced_sets(cost, size, n_subnets, held, seed):
         exchanges = int(1000 * min(1, (12 / n_subnets) ** 2)) if held < n_subnets else 0
         for _ in range(exchanges):
             i, j = rng.choice(n_subnets, 2, replace=False)
-            gives = np.flatnonzero(sets[:, i] & ~sets[:, j])         # bundles that i can give to j
+            gives = np.flatnonzero(sets[:, i] & ~sets[:, j])  # bundles that i can give to j
             takes = np.flatnonzero(sets[:, j] & ~sets[:, i])
             trial = sets.copy()
             if len(gives):
                 trial[rng.choice(gives), [i, j]] = False, True
-            if len(takes) and rng.random() < 0.7:                    # mostly an exchange: the numbers of bundles stay
+            if len(takes) and rng.random() < 0.7:           # mostly an exchange: the numbers of bundles stay
                 trial[rng.choice(takes), [i, j]] = True, False
             new = badness(trial)
             if new <= bad:
@@ -280,31 +274,33 @@ def balanced_sets(cost, size, n_subnets, held, seed):
     return best[1][bundle]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Cutting a subnetwork out of the full model
-# ---------------------------------------------------------------------------------------------------------------------
-# A model also tells us its `layout`: full parameter name -> (branch or None, dim or None, shape), in forward order.
-# Neuron n of a branch owns shape[dim] / neurons consecutive rows (or columns) along dim.  dim None: the parameter belongs
-# to the branch as a whole (its norm).  Branch None: shared, all subnets hold it (embedding, head).
+# -----------------------------------------------------------------------------------------------------------
+# A model also tells us its `layout`: full parameter name -> (branch or None, dim or None, shape), in
+# forward order.  Neuron n of a branch owns shape[dim] / neurons consecutive rows (or columns) along dim.
+# dim None: the parameter belongs to the branch as a whole (its norm).  Branch None: shared, all subnets
+# hold it (embedding, head).
 #
-# A subnet keeps its neurons sorted by holder set.  (A branch is a sum, so their order does not matter.)  And each cut
-# parameter lies in memory neuron by neuron, whatever its shape.  So what one holder set has of a parameter is one
-# stretch of memory: a run.  From here on, no code cares about dimensions.
+# A subnet keeps its neurons sorted by holder set.  (A branch is a sum, so their order does not matter.)
+# And each cut parameter lies in memory neuron by neuron, whatever its shape.  So what one holder set has of
+# a parameter is one stretch of memory: a run.  From here on, no code cares about dimensions.
 #
-# Under backward masking, modules whose path has the part `rest` have the frozen neurons: a.rest.b.weight is cut from the
-# full model's a.b.weight, and the branch is held(x) + rest(x).
+# Under backward masking, modules whose path has the part `rest` have the frozen neurons: a.rest.b.weight is
+# cut from the full model's a.b.weight, and the branch is held(x) + rest(x).
 
 def branch_scales(masks, subnet):
-    """{branch: the number that forward masking multiplies this subnet's branch by}: 1/C where the coverage is C.
+    """{branch: what forward masking multiplies this subnet's branch by}: 1/C where the coverage is C.
 
-    A subnetwork's branch is a part of a sum, and the full model adds up the whole.  Times S/|H_n|, where |H_n| of the S
-    subnets hold neuron n, the mean over all subnetworks is the full branch: each neuron is in |H_n| of them, and
-    |H_n| * S/|H_n| / S = 1.  Dropout and stochastic depth (arXiv 1603.09382) scale for the same reason.  A branch has one
-    number; where its neurons have different numbers of holders, it is the mean over those held here.
+    A subnetwork's branch is a part of a sum, and the full model adds up the whole.  Times S/|H_n|, where
+    |H_n| of the S subnets hold neuron n, the mean over all subnetworks is the full branch: each neuron is
+    in |H_n| of them, and |H_n| * S/|H_n| / S = 1.  Dropout and stochastic depth (arXiv 1603.09382) scale
+    for the same reason.  A branch has one number; where its neurons have different numbers of holders, it
+    is the mean over those held here.
     """
     scales = {}
     for branch, mask in masks.items():
-        holders = mask.sum(1)[mask[:, subnet]].double()              # of each neuron this subnet holds
+        holders = mask.sum(1)[mask[:, subnet]].double()     # of each neuron this subnet holds
         scales[branch] = mask.shape[1] * float((1 / holders).mean()) if len(holders) else 1.0
     return scales
 
@@ -327,52 +323,52 @@ def slots(module, masks, layout, subnet):
     for local, p in module.named_parameters():
         name = f".{local}".replace(".rest.", ".")[1:]
         if name not in layout:
-            raise ValueError(f"parameter {name} is not in the layout: add it there, with branch None if all subnets hold it")
+            raise ValueError(f"parameter {name} is not in the layout: add it (branch None if all hold it)")
         branch, dim, shape = layout[name]
         frozen = ".rest." in f".{local}"
         if dim is None:
             if frozen:
-                raise ValueError(f"parameter {local} belongs to its branch as a whole, so it may not be in `rest`: the "
-                                 f"branch would add it twice; add it once, outside of held and rest")
+                raise ValueError(f"parameter {local} belongs to its branch as a whole, and `rest` would add "
+                                 f"it again: add it once, outside of held and rest")
             slot = Slot(name, None, None, branch is None or bool(masks[branch][:, subnet].any()))
         else:
             mask = masks[branch]
             if shape[dim] % len(mask):
-                raise ValueError(f"parameter {name} has {shape[dim]} rows, which {len(mask)} neurons cannot share equally")
-            neurons = which[branch].argsort(stable=True)             # sorted by holder set; of them those held here,
-            neurons = neurons[mask[neurons, subnet] != frozen]       # or, in `rest`, the others
+                raise ValueError(f"{name} has {shape[dim]} rows, which {len(mask)} neurons cannot share")
+            neurons = which[branch].argsort(stable=True)    # sorted by holder set; of them those held here,
+            neurons = neurons[mask[neurons, subnet] != frozen]  # or, in `rest`, the others
             each = shape[dim] // len(mask)
             rows = (neurons[:, None] * each + torch.arange(each)).flatten()
             slot = Slot(name, dim, rows, not frozen)
             shape = (*shape[:dim], len(rows), *shape[dim + 1:])
         if p.shape != torch.Size(shape):
-            raise ValueError(f"parameter {local} has shape {list(p.shape)}, but by the masks it should be {list(shape)}")
+            raise ValueError(f"parameter {local} has shape {list(p.shape)}, but by the masks {list(shape)}")
         found[local] = slot
     for name, (branch, _, _) in layout.items():
         held = branch is None or bool(masks[branch][:, subnet].any())
         if held and not any(slot.name == name and slot.trains for slot in found.values()):
-            raise ValueError(f"subnet {subnet} holds {name}, but the module does not have it (of tied parameters, only "
-                             f"the first name belongs into the layout, with branch None)")
+            raise ValueError(f"subnet {subnet} holds {name}, but the module does not have it (of tied "
+                             f"parameters only the first name belongs into the layout, with branch None)")
     for alias, p in module.named_parameters(remove_duplicate=False):
-        if alias not in found:                                       # p is tied to a parameter found under another name
+        if alias not in found:                              # p is tied to one found under another name
             first = next(local for local, q in module.named_parameters() if q is p)
             if layout[found[first].name][0] is not None:
-                raise ValueError(f"{first} and {alias} are tied, and in a branch: only shared parameters can be tied")
+                raise ValueError(f"{first} and {alias} are tied in a branch: only shared ones can be")
     for buffer in module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys():
-        raise ValueError(f"buffer {buffer} is state that nobody averages: register a constant with persistent=False, "
-                         f"and batch norms with track_running_stats=False")
+        raise ValueError(f"buffer {buffer} is state that nobody averages: register a constant with "
+                         f"persistent=False, and batch norms with track_running_stats=False")
     return found
 
 
 def cut(full, slot):
-    """The part of a full tensor that belongs into `slot`, in memory neuron by neuron.  Its gradient is pasted back."""
+    """The part of a full tensor that belongs into `slot`, neuron by neuron.  Its gradient is pasted back."""
     if slot.dim is None:
         return full
     return full.movedim(slot.dim, 0)[slot.rows.to(full.device)].movedim(0, slot.dim)
 
 
 def flat(tensor, slot):
-    """All numbers of a slot's parameter or gradient, neuron by neuron: 1-D, and a view if they lie so in memory."""
+    """A parameter's or gradient's numbers, neuron by neuron: 1-D, a view if they lie so in memory."""
     return tensor.movedim(slot.dim or 0, 0).reshape(-1) if tensor.dim() else tensor.reshape(-1)
 
 
@@ -383,7 +379,7 @@ def seeded(*what):
 
 
 def fresh(layout, init, seed):
-    """value(full name) -> its initial value.  It depends on (seed, name) alone, so all layouts start from one model.
+    """value(full name) -> initial value.  By (seed, name) alone, so all layouts start from one model.
 
     init(name, tensor, generator) fills a full tensor in place.
     """
@@ -396,12 +392,12 @@ def fresh(layout, init, seed):
 
 
 def materialize(module, masks, layout, subnet, value, device="cpu"):
-    """Gives a subnetwork built on the meta device its weights: value(full name), one full tensor at a time, cut.
+    """Gives a subnetwork built on the meta device its weights, cut from value(full name), one at a time.
 
     Frozen parameters get requires_grad=False.  Returns the module.
     """
     places = slots(module, masks, layout, subnet)
-    made = {}                                                        # tied parameters stay tied
+    made = {}                                               # tied parameters stay tied
     for local, p in list(module.named_parameters(remove_duplicate=False)):
         if p not in made:
             weight = cut(value(places[local].name), places[local]).to(device, copy=True)
@@ -417,20 +413,20 @@ def put(module, name, parameter):
 
 
 class Run(NamedTuple):
-    """What one holder set has of one full parameter.  It is averaged, clipped, stepped on, refreshed and gathered whole.
+    """What one holder set has of one full parameter: what is averaged, stepped on, refreshed and gathered.
 
-    All holders have it with the same length and the same bits, so any optimizer treats the replicas alike, even one whose
-    kernel rounds by position.
+    All holders have it with the same length and the same bits, so any optimizer treats the replicas alike,
+    even one whose kernel rounds by position.
     """
     name: str                       # of the full parameter
     holders: tuple                  # subnets
     numel: int
-    local: str | None               # the parameter of this process's module that has it, trained or frozen; or None
-    param: nn.Parameter | None      # 1-D, shares memory with it; the optimizer steps on this.  [numbers of the run]
+    local: str | None               # this process's parameter that has it, trained or frozen; or None
+    param: nn.Parameter | None      # [numel], in the memory of `local`; the optimizer steps on it
 
 
 def runs_of(masks, layout):
-    """All runs of the full model, in forward order: (full name, holders, number of numbers).  The same on every rank."""
+    """All runs of the full model in forward order: (full name, holders, numel).  The same on all ranks."""
     sets, which = holder_sets(masks)
     everyone = tuple(range(count_subnets(masks)))
     for name, (branch, dim, shape) in layout.items():
@@ -441,12 +437,14 @@ def runs_of(masks, layout):
             yield name, branch_holders(masks[branch]), numel
         else:
             neurons = which[branch].bincount(minlength=len(sets)).tolist()
-            yield from ((name, holders, numel // len(masks[branch]) * n) for holders, n in zip(sets, neurons) if n)
+            for holders, n in zip(sets, neurons):
+                if n:
+                    yield name, holders, numel // len(masks[branch]) * n
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # All workers in one process: the clearest statement of the method, and what the tests compare with
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 class Simulation:
     """All workers, one after another, on full parameters.  The interface is that of the classes below.
@@ -462,7 +460,7 @@ class Simulation:
         self.n_subnets = len(modules)
         self.world = workers or self.n_subnets
         if self.world % self.n_subnets:
-            raise ValueError(f"the number of subnets, {self.n_subnets}, must divide the number of workers, {self.world}")
+            raise ValueError(f"{self.n_subnets} subnets do not divide the number of workers, {self.world}")
         self.workers = list(range(self.world))
         self.device = torch.device(device)
         self.masks, self.layout, self.modules = masks, layout, modules
@@ -471,8 +469,9 @@ class Simulation:
         self.runs = [Run(name, None, p.numel(), name, p) for name, p in self.params.items()]
 
     def run(self, worker, *inputs):
-        """Forward pass of one worker, whose module is a mere shape.  Its weights are cut from the full ones.  In the
-        backward pass autograd pastes the gradients back, and adds up those of all workers in the full parameter's .grad.
+        """Forward pass of one worker, whose module is a mere shape.  Its weights are cut from the full
+        ones.  In the backward pass autograd pastes the gradients back, and adds up those of all workers in
+        the full parameter's .grad.
         """
         subnet = worker % self.n_subnets
         weights = {}
@@ -483,7 +482,7 @@ class Simulation:
 
     @torch.no_grad()
     def finish(self):
-        """Each gradient is now a sum over the workers that hold the parameter.  Divides it by their number."""
+        """Each gradient is now a sum over the parameter's holders.  Divides it by their number."""
         for name, p in self.params.items():
             branch, dim, shape = self.layout[name]
             if branch is None:
@@ -495,48 +494,45 @@ class Simulation:
                 holders = holders.view([-1 if d == dim else 1 for d in range(len(shape))])
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            p.grad /= (holders * (self.world // self.n_subnets)).to(self.device)     # 1/|H_j| * sum of g_ij
+            p.grad /= (holders * (self.world // self.n_subnets)).to(self.device)  # 1/|H_j| * sum of g_ij
 
     def clip_grad_norm(self, max_norm, *scalars):
         """-> float64 [1 + len(scalars)]: the gradient's norm before clipping, and the scalars."""
         norm = nn.utils.clip_grad_norm_(self.params.values(), max_norm)
-        return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in (norm, *scalars)])
+        return torch.tensor([norm, *scalars], dtype=torch.float64, device=self.device)
 
     def refresh(self):
-        pass                                                         # frozen weights are cut afresh in every run
+        pass                                                # frozen weights are cut afresh in every run
 
     close = refresh
-
-    def reset(self):
-        """Drops all gradients, after an exception in the backward pass."""
-        for p in self.params.values():
-            p.grad = None
 
     def cut(self, run, full):
         """What belongs into run.param, or into its optimizer state, of a full tensor."""
         return full
 
     def gather(self, tensors=None, under=""):
-        """Yields (full name, full tensor) of the parameters whose names begin with `under`; see MaskedAllReduce."""
+        """Yields (full name, full tensor), for names that begin with `under`; see MaskedAllReduce."""
         tensors = tensors or list(self.params.values())
         for run, tensor in zip(self.runs, tensors):
             if run.name.startswith(under):
                 yield run.name, tensor.detach()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Real workers: one process and one subnetwork each
-# ---------------------------------------------------------------------------------------------------------------------
-# Bytes.  A ring all-reduce among h workers sends 2 (h-1)/h bytes per byte and worker, which is optimal.  Take W = S and
-# coverage k/S, and count per byte of the full model's branches.  A worker holds k/S of them and sends 2 (k-1)/k for each:
-# 2 (k-1)/S.  A refresh brings every weight to S-k others, and S workers share the work: (S-k)/S.  So
+# -----------------------------------------------------------------------------------------------------------
+# Bytes.  A ring all-reduce among h workers sends 2 (h-1)/h bytes per byte and worker, which is optimal.
+# Take W = S and coverage k/S, and count per byte of the full model's branches.  A worker holds k/S of them
+# and sends 2 (k-1)/k for each: 2 (k-1)/S.  A refresh brings every weight to S-k others, and S workers share
+# the work: (S-k)/S.  So
 #
-#     forward masking   2 (k-1)/S         backward masking   (k+S-2)/S         plain data parallelism   2 (S-1)/S
+#     forward masking  2 (k-1)/S        backward masking  (k+S-2)/S        plain data parallelism  2 (S-1)/S
 #
-# Order.  Two workers may share several groups.  If one began with group A and the other with group B, both could wait for
-# ever.  So all workers go through all messages in one global order, each leaving out those that are not for it.
+# Order.  Two workers may share several groups.  If one began with group A and the other with group B, both
+# could wait for ever.  So all workers go through all messages in one global order, each leaving out those
+# that are not for it.
 
-WRAPPED = weakref.WeakSet()                                          # modules that have a wrapper
+WRAPPED = weakref.WeakSet()                                 # modules that have a wrapper
 
 
 class Bucket(NamedTuple):
@@ -547,12 +543,10 @@ class Bucket(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """One message of a refresh, of one branch: what this worker sends to each rank, and gets from each rank."""
-    branch: str
-    sends: list                     # runs' weights, those for rank 0 first
-    send_sizes: list                # [world], in numbers
-    gets: list                      # frozen runs' weights, those from rank 0 first
-    get_sizes: list                 # [world]
+    """One message of a refresh, from everybody to everybody."""
+    branches: set                   # it has weights of these
+    sends: list                     # for each rank a list of runs' weights, which this worker sends to it
+    gets: list                      # from each rank: frozen runs' weights
 
 
 class MaskedAllReduce:
@@ -566,53 +560,58 @@ class MaskedAllReduce:
         sync.clip_grad_norm(1.0)
         optimizer.step()
         optimizer.zero_grad()
-        sync.refresh()                                   # backward masking: new weights for the frozen neurons
+        sync.refresh()                                  # backward masking: new weights for frozen neurons
 
-    module: the subnetwork of this process, rank mod S, with the same weights as the other holders' (see `materialize`).
-    masks, layout: as above.  backward: the masking is backward masking.  All of them the same on every rank.
-    timeout: of the process groups, a timedelta.  The loss must be the mean over this worker's batch.
+    module: the subnetwork of this process, rank mod S, with the same weights as the other holders' (see
+    `materialize`).  masks, layout: as above.  backward: the masking is backward masking.  All of them the
+    same on every rank.  timeout: of the process groups, a timedelta.  The loss must be the mean over this
+    worker's batch.
 
-    The optimizer steps on runs, so it must treat each number by itself (SGD, Adam) to be the full model's optimizer.
-    Use float32 weights, with autocast for bfloat16.  Do not use torch.amp.GradScaler: it decides rank by rank whether to
-    skip an update, and the replicas part.  The norm that `clip_grad_norm` returns is the same on all ranks: skip by that.
+    The optimizer steps on runs, so it must treat each number by itself (SGD, Adam) to be the full model's
+    optimizer.  Use float32 weights, with autocast for bfloat16.  Do not use torch.amp.GradScaler: it
+    decides rank by rank whether to skip an update, and the replicas part.  The norm that `clip_grad_norm`
+    returns is the same on all ranks: skip by that.
 
     runs: what this worker trains.  sent_bytes: what it sends in one update.
     Raises ValueError for what SDP would train wrongly.
     """
+
+    _limit = math.inf
 
     def __init__(self, module, masks, layout, backward=False, timeout=None):
         self.module, self.masks, self.layout, self.timeout = module, masks, layout, timeout
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.n_subnets = count_subnets(masks)
         if self.world % self.n_subnets:
-            raise ValueError(f"the number of subnets, {self.n_subnets}, must divide the number of workers, {self.world}")
+            raise ValueError(f"{self.n_subnets} subnets do not divide the number of workers, {self.world}")
         self.subnet = self.rank % self.n_subnets
         self.workers = [self.rank]
         self.slots = slots(module, masks, layout, self.subnet)
         self.params = dict(module.named_parameters())
         self.device = next(iter(self.params.values())).device
         self.dtype = next(iter(self.params.values())).dtype
-        self.wire_dtype = self.dtype                                 # of gradients in messages
+        self.wire_dtype = self.dtype                        # of gradients in messages
         self._check()
         WRAPPED.add(module)
 
         all_runs = self._find_runs()
         self.runs = [run for run in all_runs if self.subnet in run.holders]
-        self.runs_in = defaultdict(list)                             # trained parameter -> its runs, as they lie in it
+        self.runs_in = defaultdict(list)                    # trained parameter -> its runs, as they lie in it
         for run in self.runs:
             self.runs_in[run.local].append(run)
         # Making a group is itself collective: all ranks make all groups, in the same order
-        self.groups = {}                                             # holders -> ProcessGroup
+        self.groups = {}                                    # holders -> ProcessGroup
         for run in all_runs:
             if run.holders not in self.groups:
                 workers = [rank for rank in range(self.world) if rank % self.n_subnets in run.holders]
                 whole = len(workers) == self.world
-                self.groups[run.holders] = dist.group.WORLD if whole else dist.new_group(workers, timeout=timeout)
+                group = dist.group.WORLD if whole else dist.new_group(workers, timeout=timeout)
+                self.groups[run.holders] = group
         self.buckets = self._plan_buckets(all_runs)
         self.shares = torch.stack([bucket.share for bucket in self.buckets]).double()
-        self.norms = []                                              # of the messages that have arrived
-        self.exchanges = self._plan_refresh(all_runs) if backward else []
-        self._coming = []                                            # refresh messages under way
+        self.norms = []                                     # of the messages that have arrived
+        self.exchanges = self._plan_refresh(all_runs, self._limit) if backward else []
+        self._coming = []                                   # refresh messages under way
 
     def run(self, worker, *inputs):
         """Forward pass of worker `worker`, which is this process's."""
@@ -620,7 +619,7 @@ class MaskedAllReduce:
 
     @contextmanager
     def no_sync(self):
-        """Around all micro-steps of an update but the last one.  (Here gradients just add up until finish().)"""
+        """Around all micro-steps of an update but the last.  (Here gradients add up until finish().)"""
         yield
 
     @torch.no_grad()
@@ -629,19 +628,19 @@ class MaskedAllReduce:
         self.norms = []
         for local in self.runs_in:
             self._take_gradient(local)
-        for bucket in self.buckets:                                  # in one global order
+        for bucket in self.buckets:                         # in one global order
             message = torch.cat([run.param.grad for run in bucket.runs])
-            message *= bucket.share                                  # 1/|H_j| * g_ij
-            dist.all_reduce(message, group=self.groups[bucket.holders])          # sum over i in H_j
+            message *= bucket.share                         # 1/|H_j| * g_ij
+            dist.all_reduce(message, group=self.groups[bucket.holders])  # sum over i in H_j
             self._deal_out(bucket, message, torch.linalg.vector_norm(message))
 
     def _take_gradient(self, local):
         """Moves the gradient of a parameter to its runs.  No copy: the runs' gradients are views."""
         p = self.params[local]
         if not p.requires_grad:
-            raise RuntimeError(f"{local} was frozen after it was wrapped, but the other workers wait for its gradient: "
+            raise RuntimeError(f"{local} was frozen after it was wrapped, and others wait for its gradient: "
                                f"leave its runs out of the optimizer instead")
-        grad = torch.zeros_like(p) if p.grad is None else p.grad     # None: it took no part in this loss
+        grad = torch.zeros_like(p) if p.grad is None else p.grad  # None: it took no part in this loss
         runs = self.runs_in[local]
         for run, part in zip(runs, flat(grad, self.slots[local]).split([run.param.numel() for run in runs])):
             run.param.grad = part
@@ -657,8 +656,9 @@ class MaskedAllReduce:
     def clip_grad_norm(self, max_norm, *scalars):
         """Scales the gradients so that the *full* model's gradient has at most this norm.
 
-        -> float64 tensor [1 + len(scalars)]: the norm before, and the sum over all workers of each scalar (the loss, a wish
-        to stop).  All travel in one message.  Each parameter counts once: each of its h holders adds 1/h of its square.
+        -> float64 tensor [1 + len(scalars)]: the norm before, and the sum over all workers of each scalar
+        (the loss, a wish to stop).  All travel in one message.  Each parameter counts once: each of its h
+        holders adds 1/h of its square.
         """
         if len(self.norms) < len(self.buckets):
             raise RuntimeError("call finish() before clip_grad_norm(): the gradients are not averages yet")
@@ -675,16 +675,19 @@ class MaskedAllReduce:
 
     @torch.no_grad()
     def refresh(self):
-        """Backward masking: brings the new weights to those who run them frozen.  Forward masking: nothing to do."""
+        """Backward masking: brings new weights to those who run them frozen.  Forward masking: nothing."""
         for exchange in self.exchanges:
             self._begin(exchange)
             self.arrive()
 
     def _begin(self, exchange):
-        message = torch.cat([torch.empty(0, dtype=self.dtype, device=self.device), *exchange.sends])
-        new = message.new_empty(sum(exchange.get_sizes))
-        work = dist.all_to_all_single(new, message, exchange.get_sizes, exchange.send_sizes, async_op=True)
-        self._coming.append((work, message, new, exchange))          # keeps the message in memory until it has gone
+        nothing = torch.empty(0, dtype=self.dtype, device=self.device)
+        message = torch.cat([nothing, *chain(*exchange.sends)])
+        send_sizes = [numels(weights) for weights in exchange.sends]
+        get_sizes = [numels(weights) for weights in exchange.gets]
+        new = message.new_empty(sum(get_sizes))
+        work = dist.all_to_all_single(new, message, get_sizes, send_sizes, async_op=True)
+        self._coming.append((work, message, new, exchange))  # keeps the message in memory until it has gone
 
     @torch.no_grad()
     def arrive(self, left=0):
@@ -692,57 +695,62 @@ class MaskedAllReduce:
         while len(self._coming) > left:
             work, _, new, exchange = self._coming.pop(0)
             work.wait()
-            if exchange.gets:
-                torch._foreach_copy_(exchange.gets, new.split([weight.numel() for weight in exchange.gets]))
+            if len(new):
+                weights = list(chain(*exchange.gets))
+                torch._foreach_copy_(weights, new.split([weight.numel() for weight in weights]))
 
     def reset(self):
-        """Drops all gradients: after an exception in the backward pass, which all ranks must have had alike."""
+        """Drops all gradients: after an exception in the backward pass that all ranks had alike."""
         self.norms = []
         for p in [*self.params.values(), *(run.param for run in self.runs)]:
             p.grad = None
 
     def close(self):
-        """Ends the process groups that were made here, so that the module can be wrapped again.  Collective."""
+        """Ends the process groups made here, so that the module can be wrapped again.  Collective."""
         self.arrive()
         WRAPPED.discard(self.module)
-        dist.barrier()                                               # or gloo fails a rank that still connects to a group
+        dist.barrier()                                      # or gloo fails a rank that still connects
         for group in self.groups.values():
             if group is not dist.group.WORLD and group is not dist.GroupMember.NON_GROUP_MEMBER:
                 dist.destroy_process_group(group)
 
-    # -- plans, which every rank makes alike from masks and layout ---------------------------------------------------
+    # -- plans, which every rank makes alike from masks and layout
 
     def _check(self):
         if self.module in WRAPPED:
-            raise ValueError("the module is wrapped already: close() the first wrapper before you wrap it again")
+            raise ValueError("the module is wrapped already: close() the first wrapper before the second")
         for local, slot in self.slots.items():
             p = self.params[local]
             if p.dtype != self.dtype or p.device != self.device:
-                raise ValueError("all parameters must have one dtype and one device, since they share messages")
-            if p.requires_grad != slot.trains:
-                raise ValueError(f"{local} has requires_grad={p.requires_grad}, but this worker "
-                                 f"{'trains it: leave its runs out of the optimizer' if slot.trains else 'runs it frozen: use materialize()'}")
-            p.data = p.data.movedim(slot.dim or 0, 0).contiguous().movedim(0, slot.dim or 0) if p.dim() else p.data
-        # Overlapping groups communicate at the same time, each on a stream of its own.  That is safe if the GPU begins their
-        # kernels in the order in which the host issued them, which NCCL promises from 2.26 on, if this variable says so
+                raise ValueError("all parameters must have one dtype and one device: they share messages")
+            if slot.trains and not p.requires_grad:
+                raise ValueError(f"{local} has requires_grad=False, but this worker trains it: leave its "
+                                 f"runs out of the optimizer instead")
+            if p.requires_grad and not slot.trains:
+                raise ValueError(f"{local} has requires_grad=True, but it is frozen here: use materialize()")
+            if slot.dim is not None:                        # neuron by neuron in memory
+                p.data = p.data.movedim(slot.dim, 0).contiguous().movedim(0, slot.dim)
+        # Overlapping groups communicate at the same time, each on a stream of its own.  That is safe if the
+        # GPU begins their kernels in the order in which the host issued them, which NCCL promises from 2.26
+        # on, if this variable says so
         if self.device.type == "cuda" and "nccl" in dist.get_backend_config():
             if torch.cuda.nccl.version() < (2, 26) or os.environ.get("NCCL_LAUNCH_ORDER_IMPLICIT") != "1":
-                raise RuntimeError("overlapping NCCL groups can deadlock: this needs NCCL 2.26 or later, and the environment "
-                                   "variable NCCL_LAUNCH_ORDER_IMPLICIT=1 before init_process_group")
+                raise RuntimeError("overlapping NCCL groups can deadlock: this needs NCCL 2.26 or later, and "
+                                   "NCCL_LAUNCH_ORDER_IMPLICIT=1 set before init_process_group")
 
-    def _count(self, holders):                                       # |H_j|
+    def _count(self, holders):                              # |H_j|
         return len(holders) * self.world // self.n_subnets
 
     def _find_runs(self):
         """All runs of the full model in forward order, with their place in this process's module."""
         here = {(slot.name, slot.trains): local for local, slot in self.slots.items()}
         memory = {local: flat(p.data, self.slots[local]) for local, p in self.params.items()}
-        end = Counter()                                              # of the runs found so far in each parameter
+        end = Counter()                                     # of the runs found so far in each parameter
         out = []
         for name, holders, numel in runs_of(self.masks, self.layout):
             trains = self.subnet in holders
             local = here.get((name, trains))
-            param = None                                             # forward masking: frozen neurons are not here
+            param = None                                    # forward masking: frozen neurons are not here
             if local is not None:
                 param = nn.Parameter(memory[local][end[local]:end[local] + numel], requires_grad=trains)
                 end[local] += numel
@@ -750,50 +758,58 @@ class MaskedAllReduce:
         return out
 
     def _bucket(self, holders, runs):
-        return Bucket(holders, runs, torch.tensor(1 / self._count(holders), dtype=self.dtype, device=self.device))
+        share = torch.tensor(1 / self._count(holders), dtype=self.dtype, device=self.device)
+        return Bucket(holders, runs, share)
 
     def _plan_buckets(self, all_runs):
         """This worker's buckets in the global order: here one for each holder set."""
         return [self._bucket(holders, [run for run in self.runs if run.holders == holders])
                 for holders in self.groups if self.subnet in holders]
 
-    def _plan_refresh(self, all_runs):
-        """Who sends whom new weights.  One exchange a branch, in forward order.
+    def _plan_refresh(self, all_runs, limit):
+        """Who sends whom new weights: exchanges in forward order, each with some `limit` numbers a worker.
 
-        Ranks n S to n S + S-1 are a family: between them they hold all subnets.  Weights never leave the family, so on a
-        host with S devices they never leave the host.  Of the holders, the one with least to send so far sends.
+        Ranks n S to n S + S-1 are a family: between them they hold all subnets.  Weights never leave the
+        family, so on a host with S devices they never leave the host.  Of the holders, the one with least
+        to send so far sends.
         """
         family = self.rank - self.subnet
-        load = Counter()                                             # numbers that each subnet sends in an update
+        load = Counter()                                    # numbers that each subnet sends in an update
         for run in all_runs:
             for subnet in run.holders:
                 load[subnet] += run.numel * (2 - 2 / self._count(run.holders))
+        owners = {}                                # (run, subnet that gets it) -> subnet that sends it
+        for run in sorted(all_runs, key=attrgetter("numel"), reverse=True):
+            for subnet in sorted(set(range(self.n_subnets)) - set(run.holders)):
+                owner = min(run.holders, key=load.__getitem__)
+                load[owner] += run.numel
+                owners[run.name, run.holders, subnet] = owner
         exchanges = []
-        for branch in self.masks:
-            sends = [[] for _ in range(self.world)]                  # runs' weights, for each rank
-            gets = [[] for _ in range(self.world)]                   # from each rank
-            for run in all_runs:
-                if self.layout[run.name][0] != branch:
-                    continue
-                for subnet in sorted(set(range(self.n_subnets)) - set(run.holders)):
-                    owner = min(run.holders, key=load.__getitem__)
-                    load[owner] += run.numel
-                    if self.subnet == owner:
-                        sends[family + subnet].append(run.param.data)
-                    elif self.subnet == subnet:
-                        gets[family + owner].append(run.param.data)
-            exchanges.append(Exchange(branch, sum(sends, []), [numels(runs) for runs in sends],
-                                      sum(gets, []), [numels(runs) for runs in gets]))
+        size = limit
+        for run in all_runs:
+            for subnet in sorted(set(range(self.n_subnets)) - set(run.holders)):
+                if size >= limit:
+                    size = 0
+                    sends = [[] for _ in range(self.world)]
+                    gets = [[] for _ in range(self.world)]
+                    exchanges.append(Exchange(set(), sends, gets))
+                size += run.numel / self.n_subnets
+                exchanges[-1].branches.add(self.layout[run.name][0])
+                owner = owners[run.name, run.holders, subnet]
+                if self.subnet == owner:
+                    sends[family + subnet].append(run.param.data)
+                elif self.subnet == subnet:
+                    gets[family + owner].append(run.param.data)
         return exchanges
 
     @property
     def sent_bytes(self):
         """What this worker sends in one update, in bytes."""
-        reduced = sum(numels(run.param for run in bucket.runs) * (2 - 2 / self._count(bucket.holders)) for bucket in self.buckets)
-        refreshed = sum(sum(exchange.send_sizes) for exchange in self.exchanges)
+        reduced = sum(run.numel * (2 - 2 / self._count(run.holders)) for run in self.runs)
+        refreshed = sum(numels(chain(*exchange.sends)) for exchange in self.exchanges)
         return reduced * self.wire_dtype.itemsize + refreshed * self.dtype.itemsize
 
-    # -- the full model ----------------------------------------------------------------------------------------------
+    # -- the full model
 
     def cut(self, run, full):
         """What belongs into run.param, or into its optimizer state, of a full tensor."""
@@ -803,21 +819,21 @@ class MaskedAllReduce:
 
     @torch.no_grad()
     def gather(self, tensors=None, under=""):
-        """Yields (full name, full tensor) of the full parameters whose names begin with `under`, one at a time.
+        """Yields (full name, full tensor), one at a time, for full names that begin with `under`.
 
-        tensors: one for each of self.runs, in its shape: optimizer states or gradients; default the weights.  Collective:
-        all ranks must exhaust it.  Each holder pastes its rows, the others have zero bytes there.  All holders have the
-        same bits, so the maximum over bytes is exactly those bits.
+        tensors: one for each of self.runs, in its shape: optimizer states or gradients; default the
+        weights.  Collective: all ranks must exhaust it.  Each holder pastes its rows, the others have zero
+        bytes there.  All holders have the same bits, so the maximum over bytes is exactly those bits.
         """
         tensors = tensors or [run.param for run in self.runs]
-        parts = defaultdict(list)                                    # full name -> its runs' tensors
+        parts = defaultdict(list)                           # full name -> its runs' tensors
         for run, tensor in zip(self.runs, tensors):
             parts[run.name].append(tensor.detach())
         trained = {slot.name: slot for slot in self.slots.values() if slot.trains}
         for name, (branch, dim, shape) in self.layout.items():
             if not name.startswith(under):
                 continue
-            if branch is None:                                       # everybody has it
+            if branch is None:                              # everybody has it
                 yield name, parts[name][0].view(shape)
                 continue
             whole = torch.zeros(shape, dtype=tensors[0].dtype, device=self.device)
@@ -827,29 +843,30 @@ class MaskedAllReduce:
                 if dim is None:
                     whole.copy_(part.view(shape))
                 else:
-                    rows = whole.movedim(dim, 0)                     # a view
+                    rows = whole.movedim(dim, 0)            # a view
                     rows[slot.rows.to(self.device)] = part.view(len(slot.rows), *rows.shape[1:])
             dist.all_reduce(whole.view(-1).view(torch.uint8), op=dist.ReduceOp.MAX)
             yield name, whole
 
 
 class SubnetDataParallel(MaskedAllReduce):
-    """The same, but messages leave while the backward pass still runs, and refreshes arrive beside the next forward pass.
+    """The same, but messages leave while the backward pass runs, and refreshes arrive in the next forward.
 
     bucket_bytes: when the runs of some holder set have so many bytes, new buckets are begun.
     reduce_dtype: of the gradients in messages; torch.bfloat16 halves the bytes.  Replicas stay bit-identical.
     compile: torch.compile what is done with each message before and after it travels.
     """
 
-    def __init__(self, module, masks, layout, backward=False, timeout=None, bucket_bytes=16 * 2**20, reduce_dtype=None,
-                 compile=False):
+    def __init__(self, module, masks, layout, backward=False, timeout=None, bucket_bytes=16 * 2**20,
+                 reduce_dtype=None, compile=False):
         self.bucket_bytes = bucket_bytes
+        self._limit = bucket_bytes / 4                      # of an exchange
         super().__init__(module, masks, layout, backward, timeout)
         self.wire_dtype = reduce_dtype or self.dtype
         # dynamic: compiled once, not once for each bucket's length
         self._pack = torch.compile(pack, dynamic=True) if compile else pack
         self._unpack = torch.compile(unpack, dynamic=True) if compile else unpack
-        self._buckets_of = defaultdict(list)                         # trained parameter -> numbers of its runs' buckets
+        self._buckets_of = defaultdict(list)                # trained parameter -> its runs' buckets
         for i, bucket in enumerate(self.buckets):
             for run in bucket.runs:
                 self._buckets_of[run.local].append(i)
@@ -862,14 +879,15 @@ class SubnetDataParallel(MaskedAllReduce):
     def _plan_buckets(self, all_runs):
         """This worker's buckets, in the order of sending.
 
-        Go through the runs in forward order, with one open bucket for each holder set.  When one is full, begin new ones of
-        all sets.  A run that would fill a bucket gets one of its own: it need not be packed.  The backward pass comes to the
-        runs in the opposite order, so the list is reversed.  Its last buckets are small, for little of the backward pass is
-        left to hide them: the first limit is a quarter of `bucket_bytes`.
+        Go through the runs in forward order, with one open bucket for each holder set.  When one is full,
+        begin new ones of all sets.  A run that would fill a bucket gets one of its own: it need not be
+        packed.  The backward pass comes to the runs in the opposite order, so the list is reversed.  Its
+        last buckets are small, for little of the backward pass is left to hide them: the first limit is a
+        quarter of `bucket_bytes`.
         """
-        buckets = []                                                 # (holders, runs) of all workers
+        buckets = []                                        # (holders, runs) of all workers
         opened = {}
-        filled = Counter()                                           # bytes in each open bucket
+        filled = Counter()                                  # bytes in each open bucket
         limit = self.bucket_bytes / 4
         for run in all_runs:
             if filled and max(filled.values()) >= limit:
@@ -889,10 +907,10 @@ class SubnetDataParallel(MaskedAllReduce):
 
     def _restart(self):
         self.norms = []
-        self._taken = set()                                          # parameters whose gradient is complete
-        self._missing = [len(bucket.runs) for bucket in self.buckets]        # runs that each bucket waits for
-        self._next = 0                                               # the next bucket to send
-        self._flying = []                                            # messages under way
+        self._taken = set()                                 # parameters whose gradient is complete
+        self._missing = [len(bucket.runs) for bucket in self.buckets]  # runs that each bucket waits for
+        self._next = 0                                      # the next bucket to send
+        self._flying = []                                   # messages under way
 
     @contextmanager
     def no_sync(self):
@@ -905,11 +923,11 @@ class SubnetDataParallel(MaskedAllReduce):
 
     @torch.no_grad()
     def _ready(self, local, _=None):
-        """Autograd calls this when a parameter's gradient is complete.  Sends the buckets whose turn has come."""
+        """Autograd calls this when a gradient is complete.  Sends the buckets whose turn has come."""
         if not self._synchronise:
             return
         if local in self._taken:
-            raise RuntimeError("a second backward pass before finish(): put all but the last one under no_sync()")
+            raise RuntimeError("a second backward pass before finish(): put all but the last under no_sync()")
         self._taken.add(local)
         self._take_gradient(local)
         for i in self._buckets_of[local]:
@@ -917,10 +935,11 @@ class SubnetDataParallel(MaskedAllReduce):
         while self._next < len(self.buckets) and self._missing[self._next] == 0:
             bucket = self.buckets[self._next]
             grads = [run.param.grad for run in bucket.runs]
-            message = self._pack(torch.cat(grads) if len(grads) > 1 else grads[0], bucket.share, self.wire_dtype)
+            packed = torch.cat(grads) if len(grads) > 1 else grads[0]  # one run need not be packed
+            message = self._pack(packed, bucket.share, self.wire_dtype)
             work = dist.all_reduce(message, group=self.groups[bucket.holders], async_op=True)
             for run in bucket.runs:
-                run.param.grad = None                                # it is in the message: free its memory
+                run.param.grad = None                       # it is in the message: free its memory
             self._flying.append((work, message, bucket))
             self._next += 1
 
@@ -928,47 +947,51 @@ class SubnetDataParallel(MaskedAllReduce):
     def finish(self):
         """Makes every run's gradient the average over its holders.  Call it after the backward pass.
 
-        Raises RuntimeError if the forward pass has not waited for the frozen weights that `refresh` asked for.
+        Raises RuntimeError if the forward pass has not waited for the weights that `refresh` asked for.
         """
         if self._coming:
-            raise RuntimeError(f"weights of {self._coming[0][-1].branch} were used before they had arrived: the module around "
+            branch = min(self._coming[0][-1].branches)
+            raise RuntimeError(f"weights of {branch} were used before they had arrived: the module around "
                                f"that branch was never called as one; call arrive() before the forward pass")
         for local in self.runs_in:
             if local not in self._taken:
-                self._ready(local)                                   # it took no part in this loss
+                self._ready(local)                          # it took no part in this loss
         flying = self._flying
         self._restart()
         while flying:
             work, message, bucket = flying.pop(0)
-            work.wait()                                              # on NCCL the stream waits, not the host
+            work.wait()                                     # on NCCL the stream waits, not the host
             self._deal_out(bucket, *self._unpack(message, self.dtype))
 
     @torch.no_grad()
     def refresh(self):
-        """Backward masking: asks for the weights that were updated elsewhere.  Each branch waits for its own."""
+        """Backward masking: asks for the weights that were updated elsewhere.  Each branch waits for its."""
         self.arrive()
         for exchange in self.exchanges:
             self._begin(exchange)
 
     def _hook_arrivals(self):
-        """Lets each branch wait for its weights: the module, that is, which has all of its parameters inside."""
+        """Lets each branch wait for its weights: the module that has all of its parameters inside."""
         for i, exchange in enumerate(self.exchanges):
-            paths = [local.split(".")[:-1] for local, slot in self.slots.items() if self.layout[slot.name][0] == exchange.branch]
-            module = self.module.get_submodule(".".join(os.path.commonprefix(paths)))
-            self._hooks.append(module.register_forward_pre_hook(partial(self._wait, len(self.exchanges) - 1 - i)))
+            left = len(self.exchanges) - 1 - i
+            for branch in exchange.branches:
+                paths = [local.split(".")[:-1] for local, slot in self.slots.items()
+                         if self.layout[slot.name][0] == branch]
+                module = self.module.get_submodule(".".join(os.path.commonprefix(paths)))
+                self._hooks.append(module.register_forward_pre_hook(partial(self._wait, left)))
 
     def _wait(self, left, *_):
         self.arrive(left)
 
     def reset(self):
-        """Drops all gradients: after an exception in the backward pass, which all ranks must have had alike."""
+        """Drops all gradients: after an exception in the backward pass that all ranks had alike."""
         for work, *_ in self._flying:
             work.wait()
         self._restart()
         super().reset()
 
     def close(self):
-        """Removes the hooks and ends the process groups, so that the module can be wrapped again.  Collective."""
+        """Removes the hooks and ends the groups, so that the module can be wrapped again.  Collective."""
         super().close()
         for hook in self._hooks:
             hook.remove()
@@ -991,21 +1014,22 @@ def numels(tensors):
     return sum(tensor.numel() for tensor in tensors)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Evaluating the full model, which no worker holds
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def stream(sync, full, batches):
     """Runs the full model over `batches`, a list of inputs that it uses up, and yields the outputs.
 
-    full: the full model, its parameters on the meta device, with `stages()`: [(module path, function)].  Only one stage
-    has its weights in memory at a time, so evaluation never needs the full model on a worker.  Collective, like `gather`.
+    full: the full model, its parameters on the meta device, with `stages()`: [(module path, function)].
+    Only one stage has its weights in memory at a time, so evaluation never needs the full model on a
+    worker.  Collective, like `gather`.
     """
     last, _ = full.stages()[-1]
     for path, stage in full.stages():
         for name, weight in sync.gather(under=path + "."):
-            put(full, name, nn.Parameter(weight, requires_grad=False))       # or autocast keeps a bf16 copy of each stage
+            put(full, name, nn.Parameter(weight, requires_grad=False))  # or autocast keeps a copy of each
         if path == last:
             yield from map(stage, batches)
         else:
