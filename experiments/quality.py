@@ -12,11 +12,11 @@ One line a run is appended to experiments/results/quality.jsonl, and a run that 
 stop this script at any time, and start it again to go on.
 
 Rules, the same for every row.  The learning rate is searched on seed 0 at 250 updates, in steps of a factor
-2, until both neighbours of the best are worse.  The best one serves all seeds and lengths.  "N updates" is the
+2, until both neighbours of the best are worse.  The best serves all seeds and lengths.  "N updates" is the
 length of the plain run; a row whose name ends in -flops gets as many more updates, and as much longer a
 schedule, as its workers can do with the same FLOPs, on average over the workers.  All workers have equal
-batches.  Rows called resnet-... are ResNet-18s of a quarter of the usual width on the synthetic images `shapes`.
-All others are LLaMAs of eight layers on the source of Python's standard library, byte by byte.
+batches.  Rows called resnet-... are ResNet-18s of a quarter of the usual width, on `shapes`, which are synthetic
+images.  All others are LLaMAs of eight layers on the source of Python's standard library, byte by byte.
 """
 
 import argparse
@@ -95,8 +95,9 @@ def rows():
     for factor in 2, 4, 8:
         out[f"ddp-batch-x{factor}"] = Row(batch=2 * factor)
     block = Row(level="block", held=6, flops=True, lr_of="block-6-flops")
-    changes = {"redraw-1": dict(redraw=1), "redraw-20": dict(redraw=20), "random": dict(draw="random"),
-               "subnets-4": dict(subnets=4, held=3), "ends": dict(held=5, ends=True)}
+    changes = {"random": dict(draw="random"), "random-redraw-20": dict(draw="random", redraw=20),
+               "random-redraw-1": dict(draw="random", redraw=1), "subnets-4": dict(subnets=4, held=3),
+               "ends": dict(held=5, ends=True)}
     for name, change in changes.items():
         out[f"block-6-{name}-flops"] = Row(**{**asdict(block), **change})
     # 5 % of 250 updates are 12, too few: some seeds never recover

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import quality
 import data
 import model_llama as llama
+import model_resnet as resnet
 import sdp
 
 
@@ -26,7 +27,7 @@ import sdp
     quality.Row(level="neuron", held=4, draw="random"),
 ], ids=str)
 def test_one_dense_pass_is_the_simulation(row):
-    """Dense shares no code with sdp.Simulation, which cuts real subnetworks out and runs them one after another."""
+    """Dense shares no code with sdp.Simulation, which cuts real subnetworks out and runs them in turn."""
     config = quality.config_of(replace(row, layers=3))
     layout, masks = llama.layout(config), quality.masks_of(row, llama.branches(config), 1, 0)
     rng = torch.Generator().manual_seed(0)
@@ -93,24 +94,40 @@ def test_goes_on_where_it_was_cut_off(tmp_path, capsys, monkeypatch):
     assert all("±" in line and "(2)" in line for line in lines[2:])
 
 
-@pytest.mark.parametrize("name", ["backward-neuron-6", "block-6-redraw-1-flops", "stochastic-depth-6-flops"])
-def test_other_rows_learn(name):
-    """Backward masking, masks drawn anew, coins."""
-    row = replace(quality.rows()[name], layers=2)
+@pytest.fixture(scope="module")
+def text():
     text = data.load("stdlib", 2, quality.SEQ_LEN, 0)
     text.val_count = 8
+    return text
+
+
+@pytest.mark.parametrize("name", [
+    "backward-neuron-6", "block-6-random-redraw-1-flops", "stochastic-depth-6-flops"])
+def test_other_rows_learn(name, text):
+    """Backward masking, masks drawn anew, coins."""
+    row = replace(quality.rows()[name], layers=2, flops=False)
     result = quality.train(row, 8, 0, 4e-3, text, print)
-    assert result["val_loss"] < 5.2                                  # from log(256) = 5.55; measured: 4.7 to 4.9
+    assert result["val_loss"] < 5.2                                  # from log(256) = 5.55
 
 
-def test_resnets_learn(monkeypatch):
-    """The loss of the full model, with its own batch-norm statistics, falls below that of a guess, log(10)."""
-    monkeypatch.setattr(quality, "CALIBRATION", 1)
-    row = replace(quality.rows()["resnet-neuron-6-flops"], held=4)
-    images = data.load("shapes", 8, None, 0)
-    images.splits = {split: (x[:64], y[:64]) for split, (x, y) in images.splits.items()}
-    result = quality.train(row, 12, 0, 0.03, images, print)          # always the same 64 images
-    assert result["val_loss"] < 2.2
+def test_resnets_under_ddp_are_resnets():
+    """Gradients are means over the workers; validation has the statistics of the batches it is given."""
+    row = quality.rows()["resnet-ddp"]
+    config = quality.config_of(row)
+    workers = quality.Simulated(row, config, seed=0)
+    rng = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(8, 3, 32, 32, generator=rng), torch.arange(8)) for _ in range(8)]
+    loss = workers.validate(batches[:1], batches[:1])
+    workers.update(batches)
+
+    full = resnet.ResNet(config)
+    full.load_state_dict(workers.parameters, strict=False)
+    of_each = [full(*batch) for batch in batches]
+    (sum(of_each) / 8).backward()
+    for name, p in full.named_parameters():
+        assert (workers.parameters[name].grad - p.grad).abs().max() < 1e-4 * p.grad.abs().max(), name
+    # The running variance is the unbiased one: with 8 images 0.2 to 3 % more than what a batch is divided by
+    assert abs(loss - float(of_each[0])) < 0.05
 
 
 def test_a_row_that_does_not_exist():
