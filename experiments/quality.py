@@ -15,8 +15,8 @@ Rules, the same for every row.  The learning rate is searched on seed 0 at 250 u
 2, until both neighbours of the best are worse.  The best serves all seeds and lengths.  "N updates" is the
 length of the plain run; a row whose name ends in -flops gets as many more updates, and as much longer a
 schedule, as its workers can do with the same FLOPs, on average over the workers.  All workers have equal
-batches.  Rows called resnet-... are ResNet-18s of a quarter of the usual width, on `shapes`, which are synthetic
-images.  All others are LLaMAs of eight layers on the source of Python's standard library, byte by byte.
+batches.  Rows called resnet-... are ResNet-18s of a quarter of the usual width on `shapes`, which is synthetic.
+All others are LLaMAs of eight layers on the source of Python's standard library, byte by byte.
 """
 
 import argparse
