@@ -15,7 +15,7 @@ Rules, the same for every row.  The learning rate is searched on seed 0 at 250 u
 2, until both neighbours of the best are worse.  The best serves all seeds and lengths.  "N updates" is the
 length of the plain run; a row whose name ends in -flops gets as many more updates, and as much longer a
 schedule, as its workers can do with the same FLOPs, on average over the workers.  All workers have equal
-batches.  Rows called resnet-... are ResNet-18s of a quarter of the usual width on `shapes`, which is synthetic.
+batches.  Rows called resnet-... are ResNet-18s of a quarter of the usual width on `shapes`, synthetic images.
 All others are LLaMAs of eight layers on the source of Python's standard library, byte by byte.
 """
 
@@ -28,7 +28,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -227,7 +227,7 @@ class Simulated:
     """The same interface around sdp.Simulation: for backward masking and ResNets."""
 
     def __init__(self, row, config, seed):
-        self.row, self.config, self.family = row, config, FAMILY[row.model]
+        self.row, self.family = row, FAMILY[row.model]
         self.model = self.family.Llama(config) if row.model == "llama" else self.family.ResNet(config)
         self.layout = self.family.layout(config)
         self.value = sdp.fresh(self.layout, partial(self.family.init, config), seed)
@@ -235,7 +235,7 @@ class Simulated:
 
     def use(self, masks, scaled):
         n_subnets = next(iter(masks.values())).shape[1]
-        modules = [subnetwork(self.row, self.config, masks, s) for s in range(n_subnets)]
+        modules = [subnetwork(self.row, sdp.held_counts(masks, s)) for s in range(n_subnets)]
         self.sync = sdp.Simulation(modules, masks, self.layout, self.value, self.row.workers)
         self.parameters = self.sync.params
 
@@ -267,30 +267,28 @@ def everything(branches):
     return {name: torch.ones(neurons, 1, dtype=torch.bool) for name, (_, neurons, *_) in branches.items()}
 
 
-def subnetwork(row, config, masks, subnet):
+def subnetwork(row, held):
     """A subnetwork on the meta device, without scales: for FLOPs, or where there are none."""
-    held = sdp.held_counts(masks, subnet)
     with torch.device("meta"):
         if row.model == "resnet":
-            return resnet.ResNet(config, held, row.backward)
-        return llama.Llama(config, held, row.backward)
+            return resnet.ResNet(config_of(row), held, row.backward)
+        return llama.Llama(config_of(row), held, row.backward)
 
 
-def flops_of(row, seed):
-    """FLOPs of one update, of all workers, measured on the meta device."""
-    config = config_of(row)
-    branches = FAMILY[row.model].branches(config)
-    if row.level:
-        # What coins cost differs from update to update; its mean is what balanced masks cost
-        steady = replace(row, draw="balanced") if row.draw == "coin" else row
-        masks = masks_of(steady, branches, seed, 0)
-    else:
-        masks = everything(branches)
-    n_subnets = next(iter(masks.values())).shape[1]
+@cache
+def flops_of_worker(row, held):
+    """FLOPs of one worker's update, measured on the meta device.  held: ((branch, neurons), ...)."""
     shape = (row.batch, 3, 32, 32) if row.model == "resnet" else (row.batch, SEQ_LEN)
     x = torch.zeros(shape, dtype=torch.float32 if row.model == "resnet" else torch.int64)
     y = torch.zeros(shape[:1] if row.model == "resnet" else shape, dtype=torch.int64)
-    of_each = [measure_flops(subnetwork(row, config, masks, s), (x, y)) for s in range(n_subnets)]
+    return measure_flops(subnetwork(row, dict(held)), (x, y))
+
+
+def flops_of(row, masks):
+    """FLOPs of one update, of all workers."""
+    n_subnets = next(iter(masks.values())).shape[1]
+    helds = [sdp.held_counts(masks, subnet) for subnet in range(n_subnets)]
+    of_each = [flops_of_worker(row, tuple(held.items())) for held in helds]
     return sum(of_each) / n_subnets * row.workers
 
 
@@ -308,15 +306,18 @@ def train(row, updates, seed, lr, dataset, report):
     """One run.  Returns what goes into the result file.  Calls report(step, steps, seconds) as it goes."""
     config = config_of(row)
     branches = FAMILY[row.model].branches(config)
-    flops = flops_of(row, seed)
-    plain = Row(row.model, batch=8 if row.model == "resnet" else Row().batch)
-    steps = round(updates * flops_of(plain, seed) / flops) if row.flops else updates
+    masks = masks_of(row, branches, seed, 0) if row.level else everything(branches)
+    flops = flops_of(row, masks)
+    if row.draw == "coin":                                           # the mean over many draws
+        flops = flops_of(row, masks_of(replace(row, draw="balanced"), branches, seed, 0))
+    plain = rows()["resnet-ddp" if row.model == "resnet" else "ddp"]
+    ddp_flops = flops_of(plain, everything(FAMILY[row.model].branches(config_of(plain))))
+    steps = round(updates * ddp_flops / flops) if row.flops else updates
     if row.backward or row.model == "resnet":
         workers = Simulated(row, config, seed)
     else:
         workers = Dense(config, row.workers, seed)
     if row.level:
-        masks = masks_of(row, branches, seed, 0)
         workers.use(masks, row.scaled)
     parameters = list(workers.parameters.values())
     with torch.no_grad():

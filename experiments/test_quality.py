@@ -74,7 +74,7 @@ def test_goes_on_where_it_was_cut_off(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, "VAL_SEQUENCES", 8)
     monkeypatch.setitem(quality.FIRST_LR, "llama", 0.03)             # near the best for three updates
     path = tmp_path / "quality.jsonl"
-    names = "ddp", "block-6-flops"
+    names = "ddp", "neuron-6-flops"
     command = [*names, "--updates", "3", "--search-updates", "3", "--seeds", "2", "--results", str(path)]
     quality.main(command)
     whole = path.read_text()
@@ -82,7 +82,7 @@ def test_goes_on_where_it_was_cut_off(tmp_path, capsys, monkeypatch):
     assert len(runs) == len(whole.splitlines())                      # nothing was done twice
     assert {(name, seed) for name, seed, _ in runs} == {(name, seed) for name in names for seed in (0, 1)}
     steps = {name: r["steps"] for (name, _, _), r in runs.items()}
-    assert steps == {"ddp": 3, "block-6-flops": 4}                   # 3 / 0.76
+    assert steps == {"ddp": 3, "neuron-6-flops": 4}                   # 3 / 0.76
     path.write_text(whole[:-40])                                     # cut off while it wrote its last line
     quality.main(command)
     again = {(r["row"], r["seed"], r["lr"]): r for r in quality.read(path)}
