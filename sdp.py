@@ -576,10 +576,10 @@ class MaskedAllReduce:
     Raises ValueError for what SDP would train wrongly.
     """
 
-    _limit = math.inf
+    _limit = math.inf                                       # of numbers in an exchange: all in one
 
     def __init__(self, module, masks, layout, backward=False, timeout=None):
-        self.module, self.masks, self.layout, self.timeout = module, masks, layout, timeout
+        self.module, self.masks, self.layout = module, masks, layout
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.n_subnets = count_subnets(masks)
         if self.world % self.n_subnets:

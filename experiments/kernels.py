@@ -1,0 +1,163 @@
+"""
+How many kernels does one update launch?  On a GPU each costs some 5 microseconds, whatever it computes.
+
+    python experiments/kernels.py [--model llama-134m] [--subnets 8] [--held 6]
+
+Counted by a dispatch mode on one worker, on fake tensors and torch's fake process group: nothing is computed, and the
+counts do not depend on the machine.  Views, and tensors that are only allocated, launch nothing.  With
+compile=True, two functions of sdp.py become one kernel each: what is done with a message before and after it travels.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model_llama as llama
+import sdp
+
+RESULTS = Path(__file__).resolve().parent / "results" / "kernels.jsonl"
+PHASES = "forward", "backward", "finish", "clip", "step", "refresh"
+FREE = {"_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "wait_tensor"}
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations that are neither views nor mere allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func.overloadpacket.__name__ not in FREE:
+            self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def alone(world):
+    """This process is rank 0 of `world`; the fake process group takes every message and brings none."""
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    real = dist.all_to_all_single
+
+    def all_to_all(new, message, get_sizes, send_sizes, **options):
+        if len(message) or not len(new):                    # the fake group refuses to send nothing
+            return real(new, message, get_sizes, send_sizes, **options)
+        return real(new, torch.zeros_like(new), get_sizes, get_sizes, **options)
+    dist.all_to_all_single = all_to_all
+    try:
+        yield
+    finally:
+        dist.all_to_all_single = real
+        dist.destroy_process_group()
+
+
+def all_reduce_alone(_, bucket):
+    """DDP's communication hook: the fake group's own results are none that DDP can read."""
+    dist.all_reduce(bucket.buffer())
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def update(module, params, optimizer, sync, tokens):
+    """One update.  -> {phase: number of kernels}"""
+    counts = {}
+
+    def counted(phase, work, *args):
+        with Kernels() as kernels:
+            result = work(*args)
+        counts[phase] = sum(kernels.count.values())
+        return result
+    loss = counted("forward", module, tokens, tokens)
+    counted("backward", loss.backward)
+    if sync is None:
+        counted("clip", nn.utils.clip_grad_norm_, params, 1.0)
+    else:
+        counted("finish", sync.finish)
+        counted("clip", sync.clip_grad_norm, 1.0)
+    counted("step", optimizer.step)
+    optimizer.zero_grad()
+    if sync is not None:
+        counted("refresh", sync.refresh)
+    return {phase: counts.get(phase, 0) for phase in PHASES}
+
+
+def measure(variant, config, masks, make_module):
+    """Counts of an update that is not the first one, and the number of messages."""
+    with alone(sdp.count_subnets(masks)), FakeTensorMode(allow_non_fake_inputs=True):
+        module = make_module()
+        sync = None
+        if variant == "ddp":
+            module = DistributedDataParallel(module, gradient_as_bucket_view=True, init_sync=False)
+            module.register_comm_hook(None, all_reduce_alone)
+        elif variant.startswith("sdp"):
+            with unset_fake_temporarily():                  # masks are real numbers
+                layout = llama.layout(config)
+                for local, slot in sdp.slots(module, masks, layout, 0).items():
+                    module.get_parameter(local).requires_grad_(slot.trains)
+                sync = sdp.SubnetDataParallel(module, masks, layout, backward="backward" in variant)
+        params = [run.param for run in sync.runs] if sync else list(module.parameters())
+        optimizer = torch.optim.AdamW(params, fused=True)
+        tokens = torch.zeros(1, 64, dtype=torch.int64)
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()                                    # an optimizer makes its state in its first step
+        optimizer.zero_grad()
+        if sync:                                            # what an update refreshes arrives in the next
+            update(module, params, optimizer, sync, tokens)
+        kernels = update(module, params, optimizer, sync, tokens)
+        messages = len(sync.buckets) if sync else 0
+        if sync:
+            sync.close()
+    return {"variant": variant, "messages": messages, "kernels": kernels}
+
+
+def count_all(model="llama-134m", n_subnets=8, held=6):
+    """Rows for DDP, for the subnetworks as plain dense models, and for the four variants of SDP."""
+    config = dataclasses.replace(llama.PRESETS[model], vocab_size=256)
+    branches = llama.branches(config)
+    masks = {level: make(branches, n_subnets, held) for level, make in sdp.MASKS.items()}
+    counts = {level: sdp.held_counts(masks[level], 0) for level in masks}
+    rows = [measure("ddp", config, masks["block"], lambda: llama.Llama(config))]
+    for level in masks:
+        rows.append(measure(f"dense-{level}", config, masks[level], lambda: llama.Llama(config, counts[level])))
+    for masking in "forward", "backward":
+        for level in masks:
+            rows.append(measure(f"sdp-{masking}-{level}", config, masks[level],
+                                lambda: llama.Llama(config, counts[level], masking == "backward")))
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(llama.PRESETS), default="llama-134m")
+    parser.add_argument("--subnets", type=int, default=8)
+    parser.add_argument("--held", type=int, default=6, help="of the subnets, by how many a neuron is held [%(default)s]")
+    args = parser.parse_args()
+    rows = count_all(args.model, args.subnets, args.held)
+    ddp = sum(rows[0]["kernels"].values())
+    print(f"{'':22}" + "".join(f"{phase:>10}" for phase in PHASES) + f"{'sum':>8}{'of DDP':>8}{'messages':>10}")
+    for row in rows:
+        total = sum(row["kernels"].values())
+        print(f"{row['variant']:22}" + "".join(f"{row['kernels'][phase]:10}" for phase in PHASES)
+              + f"{total:8}{total / ddp:8.2f}{row['messages']:10}")
+    with open(RESULTS, "w") as f:
+        for row in rows:
+            f.write(json.dumps({"model": args.model, "subnets": args.subnets, "held": args.held, **row}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
