@@ -868,7 +868,7 @@ class SubnetDataParallel(MaskedAllReduce):
     def __init__(self, module, masks, layout, backward=False, timeout=None, bucket_bytes=16 * 2**20,
                  reduce_dtype=None, compile=False):
         self.bucket_bytes = bucket_bytes
-        self._limit = bucket_bytes / 4                      # of an exchange
+        self._limit = bucket_bytes / 2                      # an exchange brings about so many numbers
         super().__init__(module, masks, layout, backward, timeout)
         self.wire_dtype = reduce_dtype or self.dtype
         # dynamic: compiled once, not once for each bucket's length
