@@ -603,6 +603,10 @@ class MaskedAllReduce:
         WRAPPED.add(module)
 
         all_runs = self._find_runs()
+        for run in all_runs:
+            if self.subnet not in run.holders and (run.param is not None) != backward:
+                raise ValueError(f"of {run.name}, neurons that this worker does not hold must be in the module (in "
+                                 f"`rest`) under backward masking, and only then; backward is {backward}")
         self.runs = [run for run in all_runs if self.subnet in run.holders]
         self.runs_in = defaultdict(list)                    # trained parameter -> its runs, as they lie in it
         for run in self.runs:
@@ -957,6 +961,8 @@ class SubnetDataParallel(MaskedAllReduce):
 
         Raises RuntimeError if the forward pass has not waited for the weights that `refresh` asked for.
         """
+        if not self._synchronise:
+            raise RuntimeError("finish() inside no_sync(): the last micro-step must be outside of it")
         if self._coming:
             branch = min(self._coming[0][-1].branches)
             raise RuntimeError(f"weights of {branch} were used before they had arrived: the module around "

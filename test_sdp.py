@@ -817,6 +817,11 @@ def test_wrong_use_is_refused():
         sync.module(x).sum().backward()
         with pytest.raises(RuntimeError, match="head.weight was frozen after it was wrapped"):
             sync.finish()
+        with sync.no_sync(), pytest.raises(RuntimeError, match="inside no_sync"):
+            sync.finish()
+        for module, backward in (Net(3), True), (Net(3, rest=3), False):
+            with pytest.raises(ValueError, match="must be in the module"):
+                wrapped(module, backward=backward)
         frozen = sdp.materialize(Net(3), NET_MASKS, NET, 0, net_value)
         frozen.head.weight.requires_grad_(False)
         with pytest.raises(ValueError, match="head.weight has requires_grad=False"):
