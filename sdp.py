@@ -605,8 +605,8 @@ class MaskedAllReduce:
         all_runs = self._find_runs()
         for run in all_runs:
             if self.subnet not in run.holders and (run.param is not None) != backward:
-                raise ValueError(f"of {run.name}, neurons that this worker does not hold must be in the module (in "
-                                 f"`rest`) under backward masking, and only then; backward is {backward}")
+                raise ValueError(f"of {run.name}, neurons that this worker does not hold must be in the module "
+                                 f"(in `rest`) under backward masking, and only then; backward is {backward}")
         self.runs = [run for run in all_runs if self.subnet in run.holders]
         self.runs_in = defaultdict(list)                    # trained parameter -> its runs, as they lie in it
         for run in self.runs:
