@@ -789,7 +789,7 @@ def test_as_a_program_it_ends_with_one_line(tmp_path):
             ),
             b"needs a C++ compiler",
         ),
-        (python(fine, "def full(*_): raise MemoryError('2 GB')\ntrain.train = full"), b"out of memory"),
+        (python(fine, "def full(*_): raise MemoryError('2 GB')\ntrain.train = full"), b"error: 2 GB"),
     ]
     with open("/dev/full", "w") as full:
         program = [sys.executable, "train.py", *fine]
