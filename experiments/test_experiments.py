@@ -101,7 +101,8 @@ def when_asked(*values):
 
 QUICK = ("ddp", "fsdp", "sdp-forward-block", "sdp-backward-neuron")
 PLANNED = [(name, []) if name in QUICK else when_asked(name, []) for name in NAMES]
-PLANNED += [("sdp-backward-neuron", IMAGES), when_asked("sdp-forward-block", IMAGES), when_asked("fsdp", IMAGES)]
+PLANNED += [("sdp-backward-neuron", IMAGES)]
+PLANNED += [when_asked(name, IMAGES) for name in ("sdp-forward-block", "fsdp")]
 PLANNED += [when_asked(name, ["--grad-accum", 2]) for name in ("ddp", "sdp-forward-neuron")]
 
 
@@ -177,20 +178,8 @@ def test_a_worker_needs_no_more_than_ddp_on_a_model_of_its_size(level, more):
 
 
 def test_plan_writes_its_rows_and_says_where_28_percent_are_saved(tmp_path, capsys):
-    plan.main(
-        [
-            "--subnets",
-            "4",
-            "--batch-size",
-            "2",
-            "--seq-len",
-            "32",
-            "--results",
-            str(tmp_path / "plan.jsonl"),
-            "--device",
-            "cpu",
-        ]
-    )
+    results = tmp_path / "plan.jsonl"
+    plan.main(["--subnets", "4", "--batch-size", "2", "--results", str(results), "--device", "cpu"])
     said = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "plan.jsonl").read_text().splitlines()]
     assert [r["variant"] for r in rows] == [*NAMES, *(f"sdp-forward-block at {k}/4" for k in range(1, 5))]
@@ -219,10 +208,10 @@ def test_plan_writes_its_rows_and_says_where_28_percent_are_saved(tmp_path, caps
     whole = sum(shape.numel() for _, _, shape in layout)
     ddp = by_name["ddp"]
     assert ddp["params"] == whole and by_name["fsdp"]["params"] == -(-whole // 4)
-    for name in "fsdp", "ddp-zero1":
-        assert by_name[name]["memory"]["optimizer"] == pytest.approx(
-            ddp["memory"]["optimizer"] / 4, rel=0.35 if "zero1" in name else 0.01
-        )
+    state = {name: row["memory"]["optimizer"] for name, row in by_name.items()}
+    assert state["fsdp"] == pytest.approx(state["ddp"] / 4, rel=0.01)
+    # ZeRO-1 deals out whole parameters: the embedding, 44 % of this model, is one
+    assert state["ddp-zero1"] == pytest.approx(0.44 * state["ddp"], rel=0.02)
     assert ddp["sent_bytes"] == round(4 * whole * 2 * 3 / 4) == by_name["sdp at coverage 1"]["sent_bytes"]
     # and a broadcast of the weights
     assert by_name["ddp-zero1"]["sent_bytes"] == pytest.approx(1.5 * ddp["sent_bytes"], rel=0.01)
