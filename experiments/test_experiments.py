@@ -95,22 +95,23 @@ def cpu_allocator_peak(work, *alive):
 # -- The plan --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name,more",
-    [
-        *((name, []) for name in NAMES),
-        ("ddp", ["--grad-accum", 2]),
-        ("sdp-forward-neuron", ["--grad-accum", 2]),
-        ("sdp-forward-block", IMAGES),
-        ("sdp-backward-neuron", IMAGES),
-        ("fsdp", IMAGES),
-    ],
-)
+def when_asked(*values):
+    return pytest.param(*values, marks=[slow, only_when_asked])
+
+
+QUICK = ("ddp", "fsdp", "sdp-forward-block", "sdp-backward-neuron")
+PLANNED = [(name, []) if name in QUICK else when_asked(name, []) for name in NAMES]
+PLANNED += [("sdp-backward-neuron", IMAGES)]
+PLANNED += [when_asked(name, IMAGES) for name in ("sdp-forward-block", "fsdp")]
+PLANNED += [when_asked(name, ["--grad-accum", 2]) for name in ("ddp", "sdp-forward-neuron")]
+
+
+@pytest.mark.parametrize("name,more", PLANNED)
 def test_the_plan_is_what_the_tracker_sees_on_real_tensors_and_what_the_allocator_says(name, more):
     args, config = settled("--batch-size", 8, *([] if more == IMAGES else ["--seq-len", 32]), *more)
     design = plan.designs(args, config)[name]
     batch = batch_of(args, config)
-    for rank in plan.largest(design, 4)[:2]:
+    for rank in plan.largest(design, 4)[:1]:
         with plan.alone(rank, 4):
             planned, sent, *_ = measured(design, rank, fake=True)
             real, really_sent, sync, optimizer = measured(design, rank, batch=batch)
@@ -141,6 +142,8 @@ def test_the_plan_is_what_the_tracker_sees_on_real_tensors_and_what_the_allocato
             assert -0.02 * peak < peak - planned["peak"] < 0.02 * peak + max(p.nbytes for p in weights)
 
 
+@slow
+@only_when_asked
 @pytest.mark.parametrize("name,more", [("sdp-forward-block", ["--coverage", "5/8"]),
                                        ("sdp-backward-neuron", [*IMAGES, "--coverage", "3/8"])])
 def test_no_worker_needs_more_than_the_ones_that_are_planned(name, more):
@@ -153,8 +156,7 @@ def test_no_worker_needs_more_than_the_ones_that_are_planned(name, more):
     assert max(peaks) == pytest.approx(max(peaks[rank] for rank in plan.largest(design, 8)), rel=0.003)
 
 
-@pytest.mark.parametrize("more", [[], IMAGES], ids=["llama", "resnet"])
-@pytest.mark.parametrize("level", ["block", "neuron"])
+@pytest.mark.parametrize("level,more", [("neuron", []), ("block", IMAGES)])
 def test_a_worker_needs_no_more_than_ddp_on_a_model_of_its_size(level, more):
     """At most 1.02 times, says the plan; in fact less, since DDP's buckets outlive the update."""
     args, config = settled(*more)
@@ -176,20 +178,8 @@ def test_a_worker_needs_no_more_than_ddp_on_a_model_of_its_size(level, more):
 
 
 def test_plan_writes_its_rows_and_says_where_28_percent_are_saved(tmp_path, capsys):
-    plan.main(
-        [
-            "--subnets",
-            "4",
-            "--batch-size",
-            "2",
-            "--seq-len",
-            "32",
-            "--results",
-            str(tmp_path / "plan.jsonl"),
-            "--device",
-            "cpu",
-        ]
-    )
+    results = tmp_path / "plan.jsonl"
+    plan.main(["--subnets", "4", "--batch-size", "2", "--results", str(results), "--device", "cpu"])
     said = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "plan.jsonl").read_text().splitlines()]
     assert [r["variant"] for r in rows] == [*NAMES, *(f"sdp-forward-block at {k}/4" for k in range(1, 5))]
@@ -218,10 +208,10 @@ def test_plan_writes_its_rows_and_says_where_28_percent_are_saved(tmp_path, caps
     whole = sum(shape.numel() for _, _, shape in layout)
     ddp = by_name["ddp"]
     assert ddp["params"] == whole and by_name["fsdp"]["params"] == -(-whole // 4)
-    for name in "fsdp", "ddp-zero1":
-        assert by_name[name]["memory"]["optimizer"] == pytest.approx(
-            ddp["memory"]["optimizer"] / 4, rel=0.35 if "zero1" in name else 0.01
-        )
+    state = {name: row["memory"]["optimizer"] for name, row in by_name.items()}
+    assert state["fsdp"] == pytest.approx(state["ddp"] / 4, rel=0.01)
+    # ZeRO-1 deals out whole parameters: the embedding, 44 % of this model, is one
+    assert state["ddp-zero1"] == pytest.approx(0.44 * state["ddp"], rel=0.02)
     assert ddp["sent_bytes"] == round(4 * whole * 2 * 3 / 4) == by_name["sdp at coverage 1"]["sent_bytes"]
     # and a broadcast of the weights
     assert by_name["ddp-zero1"]["sent_bytes"] == pytest.approx(1.5 * ddp["sent_bytes"], rel=0.01)
@@ -349,7 +339,7 @@ def test_bench_alone(tmp_path, capsys):
     assert "of which one at a time is here, without communication" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp-zero1", "fsdp", "sdp-forward-neuron", "sdp-backward-block"])
+@pytest.mark.parametrize("name", ["ddp-zero1", "fsdp", "sdp-backward-block"])
 def test_a_variant_that_was_torn_down_leaves_nothing(name):
     def alive():
         gc.collect()
