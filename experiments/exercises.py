@@ -246,7 +246,7 @@ def all_reduce(function):
     with tempfile.TemporaryDirectory() as folder:
         try:
             mp.spawn(reduce_worker, (path, function.__name__, folder), nprocs=4)
-        except mp.ProcessException as error:
+        except mp.ProcessRaisedException as error:
             raise Wrong(str(error).strip().splitlines()[-1]) from None
 
 

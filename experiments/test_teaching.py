@@ -275,5 +275,5 @@ dist.destroy_process_group()
 
 def test_the_readme_is_short():
     lines = (HERE.parent / "README.md").read_text().splitlines()
-    assert len(lines) <= 230 and sum(len(line.split()) for line in lines) <= 2500
+    assert len(lines) <= 270 and sum(len(line.split()) for line in lines) <= 2500
     assert max(map(len, lines)) <= 120
