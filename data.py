@@ -335,7 +335,7 @@ def fetch(url, path):
                 with open(part, "ab" if reply.status == 206 else "wb") as f:     # 200: it sends all again
                     while f.tell() < MOST_BYTES and (chunk := reply.read(PIECE)):
                         f.write(chunk)
-                    if reply.length and f.tell() < MOST_BYTES:                   # less than was announced
+                    if reply.length:                                             # less came than announced
                         raise ConnectionError("the transfer broke off")
             break
         except (OSError, ValueError, http.client.HTTPException) as e:
