@@ -1,9 +1,7 @@
 """
-Data sets, each as `batch(split, step, worker, workers)`: a pure function of its arguments and the seed.
-
-A loader without state: the batch of step 1000 is the same whether the run came there in one go or resumed.
-A data set also has `validation`, what it validates on, and `digest`, a fingerprint of its contents.
-First tokens, then images, then the command line that fetches and tokenises:
+Data sets, each as `batch(split, step, worker, workers)`: a pure function of its arguments and the seed, so a
+run that was resumed gets the batches of one that was not.  Each also has `validation`, what it validates on,
+and `digest`, a fingerprint of its contents.  First tokens, then images, then fetching and tokenising:
 
     python data.py fineweb --shards 10                     fetch FineWeb, tokenised with GPT-2's vocabulary
     python data.py text a.txt b.txt --out datasets/mine    tokenise files: mine_train.bin and mine_val.bin
@@ -25,7 +23,6 @@ import tempfile
 import time
 import traceback
 import urllib.error
-import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -41,8 +38,6 @@ FOLDER = Path("datasets")                                  # where fetched and t
 VAL_SEQUENCES = 256                                        # validation reads so many, always the same ones
 PIECE = 2**20                                              # files are read and written in pieces of this size
 MOST_BYTES = 250_000_000                                   # of one fetched shard; FineWeb's have 200 MB
-FETCH_SECONDS = 1800                                       # for one file
-VOCABULARY_SECONDS = 60                                    # for GPT-2's vocabulary, 1.5 MB
 
 
 class UserError(Exception):
@@ -65,9 +60,7 @@ def fingerprint(arrays):
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Tokens
-# ---------------------------------------------------------------------------------------------------------
+# Tokens --------------------------------------------------------------------------------------------------
 
 def write_bin(path, tokens, vocab_size):
     """Writes `tokens` (integers below 65536, anything that can be sliced) as a .bin shard."""
@@ -80,10 +73,7 @@ def write_bin(path, tokens, vocab_size):
 
 
 class Shard:
-    """Tokens `start` to `stop` of a .bin file, read when asked for: shard[i:j] -> uint16 array.
-
-    Not mapped into memory: a mapped file that shrinks under a running job kills it without a word.
-    """
+    """Tokens `start` to `stop` of a .bin file; shard[i:j] reads some -> uint16 array."""
 
     def __init__(self, path, start, stop):
         self.path, self.start, self.stop = path, start, stop
@@ -92,6 +82,7 @@ class Shard:
         return self.stop - self.start
 
     def __getitem__(self, part):
+        # Not mapped into memory: a mapped file that shrinks under a running job kills it without a word
         first, last, _ = part.indices(len(self))
         tokens = np.fromfile(self.path, np.uint16, last - first, offset=HEADER + 2 * (self.start + first))
         if len(tokens) < last - first:
@@ -107,12 +98,10 @@ def read_bin(path):
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION or not 0 <= header[3] <= 65536:
-        raise UserError(f"{path} is not a token shard: its header should begin {MAGIC}, {VERSION}; "
-                        f"make one with data.py text")
+        raise UserError(f"{path} is not a token shard: make one with  python data.py text")
     count, vocab_size = int(header[2]), int(header[3]) or GPT2
     if size != HEADER + 2 * count:
-        raise UserError(f"{path} should have {HEADER + 2 * count} bytes ({count} tokens) but has {size}: "
-                        f"fetch or write it again")
+        raise UserError(f"{path} should have {HEADER + 2 * count} bytes but has {size}: fetch it again")
     tokens = Shard(path, 0, count)
     largest = max((int(tokens[i:i + PIECE].max()) for i in range(0, count, PIECE)), default=0)
     if largest >= vocab_size:
@@ -121,21 +110,19 @@ def read_bin(path):
 
 
 class Tokens:
-    """Text as a language model's batches.  splits: {"train": [arrays of tokens], "val": [...]}"""
+    """Text as a language model's batches.  splits: {"train": [arrays of tokens], "val": [one array]}"""
 
     unit = "tokens"
 
     def __init__(self, splits, vocab_size, batch_size, seq_len, seed, validation=""):
         for split, need in ("train", batch_size * seq_len + 1), ("val", seq_len + 1):
-            have = max(map(len, splits[split]), default=0)
+            have = min(map(len, splits[split]))
             if have < need:
                 raise UserError(f"the {split} data has {have} tokens, too short for one batch, which needs "
                                 f"{need}: use a smaller --batch-size or --seq-len, or more text")
-        # Shards shorter than a sequence are left out.  Validation reads windows over the first that stays
-        self.splits = {split: [t for t in shards if len(t) > seq_len] for split, shards in splits.items()}
-        self.val_count = min(VAL_SEQUENCES, (len(self.splits["val"][0]) - 1) // seq_len)
-        self.vocab_size, self.batch_size, self.seq_len, self.seed = vocab_size, batch_size, seq_len, seed
-        self.validation = validation
+        self.splits, self.vocab_size, self.validation = splits, vocab_size, validation
+        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
+        self.val_count = min(VAL_SEQUENCES, (len(splits["val"][0]) - 1) // seq_len)
         self.digest = fingerprint(splits["train"] + splits["val"])
 
     def val_steps(self, workers):
@@ -163,10 +150,7 @@ class Tokens:
 
 
 def stdlib_splits():
-    """The source of this Python's standard library, 11 MB that every machine has.  The tokens are its bytes.
-
-    Every tenth file or so, chosen by a hash of its path, is for validation.
-    """
+    """The source of this Python's standard library, 11 MB, as bytes; a hash of the path picks the split."""
     root = Path(sysconfig.get_path("stdlib"))
     files = {"train": [], "val": []}
     for path in sorted(root.rglob("*.py")):
@@ -177,44 +161,32 @@ def stdlib_splits():
     return {split: [np.frombuffer(b"".join(texts), np.uint8)] for split, texts in files.items()}
 
 
-def validation_files(path):
-    """The files beside `path` with val for train and any number: x_val_000000.bin for x_train_000001.bin."""
-    before, train, after = path.name.rpartition("train")
-    pattern = re.escape(f"{before}val") + re.sub(r"\d+", r"\\d+", re.escape(after))
-    return sorted(p for p in path.parent.glob("*.bin") if train and re.fullmatch(pattern, p.name))
-
-
 def load_text(name, batch_size, seq_len, seed):
-    """stdlib, fineweb, or the path of a .bin shard; a * in its name means several: mine_train_*.bin"""
+    """stdlib, fineweb, or the path of a .bin shard: with the validation file beside it, or its last tenth."""
     if name == "stdlib":
         return Tokens(stdlib_splits(), 256, batch_size, seq_len, seed, "a tenth of the library's files")
-    path = FOLDER / "fineweb_train_*.bin" if name == "fineweb" else Path(name)
-    if path.suffix != ".bin":
-        raise UserError(f"unknown --data {name}: use stdlib, fineweb, the path of a .bin token file, "
-                        f"{', '.join(IMAGES)}")
-    paths = {"train": sorted(path.parent.glob(path.name)) or [path]}
-    paths["val"] = validation_files(paths["train"][0])
-    if name == "fineweb" and not paths["val"]:
+    paths = sorted(FOLDER.glob("fineweb_train_*.bin")) if name == "fineweb" else [Path(name)]
+    if not paths:
         raise UserError(f"no FineWeb shards in {FOLDER}: fetch some with  python data.py fineweb --shards 1")
-    shards = {split: [read_bin(p) for p in paths[split]] for split in paths}
-    vocab_sizes = {vocab_size for split in shards for _, vocab_size in shards[split]}
-    if len(vocab_sizes) > 1:
-        raise UserError(f"the shards of {name} have different vocabularies: {sorted(vocab_sizes)}")
-    splits = {split: [tokens for tokens, _ in shards[split]] for split in shards}
-    if not splits["val"]:                                  # the last tenth of the last file
-        last = splits["train"].pop()
-        edge = len(last) * 9 // 10
-        splits["train"].append(Shard(last.path, 0, edge))
-        splits["val"].append(Shard(last.path, edge, len(last)))
-    dataset = Tokens(splits, vocab_sizes.pop(), batch_size, seq_len, seed)
-    used = dataset.splits["val"][0]
-    dataset.validation = f"the last tenth of {used.path}" if used.start else str(used.path)
-    return dataset
+    if paths[0].suffix != ".bin":
+        raise UserError(f"unknown --data {name}: use stdlib, fineweb, a .bin token file, {', '.join(IMAGES)}")
+    before, train, after = paths[0].name.rpartition("train")
+    pattern = re.escape(f"{before}val") + re.sub(r"\d+", r"\\d+", re.escape(after))      # any number will do
+    beside = [p for p in sorted(paths[0].parent.glob("*.bin")) if train and re.fullmatch(pattern, p.name)]
+    shards, vocab_sizes = zip(*[read_bin(path) for path in paths + beside[:1]])
+    if len(set(vocab_sizes)) > 1:
+        raise UserError(f"the shards of {name} have different vocabularies: {sorted(set(vocab_sizes))}")
+    *train, val = shards
+    validation = str(val.path)
+    if not beside:
+        edge = len(val) * 9 // 10
+        train.append(Shard(val.path, 0, edge))
+        val = Shard(val.path, edge, len(val))
+        validation = f"the last tenth of {val.path}"
+    return Tokens({"train": train, "val": [val]}, vocab_sizes[0], batch_size, seq_len, seed, validation)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------
+# Images --------------------------------------------------------------------------------------------------
 
 # name -> (number of classes, mean and standard deviation of red, green, blue, for values from 0 to 1)
 IMAGES = {
@@ -262,33 +234,30 @@ class Images:
         return (x / 255 - self.mean) / self.std, y
 
 
-def shift_and_mirror(x, rng, most=4):
-    """Moves images x [B, C, H, W] by up to `most` pixels, black coming in, and mirrors half of them."""
+def shift_and_mirror(x, rng):
+    """Moves images x [B, 3, H, W] by up to 4 pixels, black coming in, and mirrors half of them."""
     B, _, H, W = x.shape
-    down, right = torch.randint(2 * most + 1, (2, B, 1), generator=rng)
-    rows, columns = down + torch.arange(H), right + torch.arange(W)      # [B, H], [B, W]: where from
-    columns = torch.where(torch.rand(B, 1, generator=rng) < 0.5, columns, columns.flip(1))
-    rows, columns = rows.to(x.device)[:, :, None], columns.to(x.device)[:, None, :]
-    image = torch.arange(B, device=x.device)[:, None, None]
-    return F.pad(x, (most,) * 4)[image, :, rows, columns].permute(0, 3, 1, 2).contiguous()
+    shifts = torch.randint(9, (2, B), generator=rng).T.tolist()
+    mirror = torch.rand(B, 1, 1, 1, generator=rng) < 0.5
+    padded = F.pad(x, (4, 4, 4, 4))
+    x = torch.stack([padded[i, :, down:down + H, right:right + W] for i, (down, right) in enumerate(shifts)])
+    return torch.where(mirror.to(x.device), x, x.flip(3))
 
 
 def cifar(name, train):
-    """-> uint8 [N, 3, 32, 32], labels int64 [N].  Fetched unless they are in FOLDER, by their checksums."""
-    from torchvision.datasets import CIFAR10, CIFAR100     # here, as text needs no torchvision
-    kind = CIFAR10 if name == "cifar10" else CIFAR100
+    """-> uint8 [N, 3, 32, 32], labels int64 [N].  torchvision fetches and checks what is not in FOLDER."""
+    import torchvision                                     # here, as text needs no torchvision
     try:
-        with time_limit(FETCH_SECONDS, f"fetching {name}"):
-            images = kind(FOLDER, train=train, download=True)
+        with time_limit(1800, f"fetching {name}"):
+            images = getattr(torchvision.datasets, name.upper())(FOLDER, train=train, download=True)
     except (OSError, RuntimeError) as e:
-        raise UserError(f"cannot fetch and read {name} in {FOLDER} ({getattr(e, 'reason', e)}): "
-                        f"try again; --data shapes needs no network") from None
+        raise UserError(f"cannot fetch {name} into {FOLDER} ({e}); --data shapes needs no network") from None
     return torch.from_numpy(images.data).permute(0, 3, 1, 2), torch.tensor(images.targets)
 
 
 def download_images(name):
-    """Puts CIFAR into FOLDER unless it is there.  (The shapes are drawn.)"""
-    if name in ("cifar10", "cifar100"):
+    """Puts CIFAR into FOLDER unless it is there; the shapes are drawn."""
+    if name.startswith("cifar"):
         cifar(name, True)
 
 
@@ -300,10 +269,10 @@ def shapes(count, rng):
     def between(low, high, *more):
         return low + (high - low) * torch.rand(count, *more, generator=rng)
 
-    labels, line = torch.randint(10, (count,), generator=rng), torch.linspace(-1, 1, 32)
+    labels = torch.randint(10, (count,), generator=rng)
     angle, size = between(-0.7, 0.7, 1, 1), between(0.4, 0.8, 1, 1)
-    x = line.view(1, 1, 32) - between(-0.25, 0.25, 1, 1)
-    y = line.view(1, 32, 1) - between(-0.25, 0.25, 1, 1)
+    x = torch.linspace(-1, 1, 32).view(1, 1, 32) - between(-0.25, 0.25, 1, 1)
+    y = torch.linspace(-1, 1, 32).view(1, 32, 1) - between(-0.25, 0.25, 1, 1)
     u = (x * angle.cos() + y * angle.sin()) / size                   # [count, 32, 32]
     v = (y * angle.cos() - x * angle.sin()) / size
     r, a, b = (u ** 2 + v ** 2).sqrt(), u.abs(), v.abs()
@@ -337,9 +306,7 @@ def load(name, batch_size, seq_len, seed, device="cpu"):
     return Images(name, splits, batch_size, seed, device)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Fetching and tokenising ahead of time
-# ---------------------------------------------------------------------------------------------------------
+# Fetching and tokenising ---------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def time_limit(seconds, what):
@@ -355,55 +322,35 @@ def time_limit(seconds, what):
         signal.alarm(0)
 
 
-def check_address(url):
-    """https, so that nobody on the way changes what comes; within this machine http will do."""
-    url = urllib.parse.urlsplit(url)
-    if url.scheme != "https" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
-        raise UserError(f"{url.geturl()} is not safe: fetching needs an address that begins with https://")
-
-
-def receive(url, part):
-    """Appends to the file `part` what is missing.  Raises OSError or HTTPException if the network fails."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=60) as reply:
-        check_address(reply.url)                           # where redirections led
-        with open(part, "ab" if reply.status == 206 else "wb") as f:     # 200: it sends all of it again
-            end = f.tell() + int(reply.headers["Content-Length"] or 0)   # no length: the contents tell
-            while chunk := reply.read(PIECE):
-                f.write(chunk)
-                if max(end, f.tell()) > MOST_BYTES:
-                    part.unlink()
-                    raise UserError(f"{url} sends more than {MOST_BYTES} bytes, too much for a token shard")
-            if f.tell() < end:
-                raise ConnectionError("the transfer broke off")
-
-
 def fetch(url, path):
     """Fetches a shard of FineWeb, going on where a transfer broke off; `path` appears whole and checked."""
-    check_address(url)
     part = Path(f"{path}.part")
     for pause in 0.1, 0.2, 0.4, 0.8, 0:                    # five tries
+        have = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
         try:
-            receive(url, part)
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                if not reply.url.startswith(("https://", "http://localhost:", "http://127.0.0.1:")):
+                    raise UserError(f"{reply.url} is not safe: only what comes over https is taken")
+                with open(part, "ab" if reply.status == 206 else "wb") as f:     # 200: it sends all again
+                    while f.tell() < MOST_BYTES and (chunk := reply.read(PIECE)):
+                        f.write(chunk)
+                    if reply.length:                                             # less came than announced
+                        raise ConnectionError("the transfer broke off")
             break
-        except urllib.error.HTTPError as e:
-            if e.code == 416:                              # nothing is left to send
-                break
-            problem = f"the server answers {e.code}"
-            if e.code < 500 and e.code != 429:
-                raise UserError(f"cannot fetch {url}: {problem}") from None
-            after = e.headers.get("Retry-After", "")
-            if after.isdecimal():
-                pause = min(int(after[:9]), 300)
-        except (OSError, ValueError, http.client.HTTPException) as e:    # no route, time-out, reset, nonsense
-            problem = getattr(e, "reason", e)
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            problem = e
+            if isinstance(e, urllib.error.HTTPError):
+                if e.code == 416:                          # the server has no more to send
+                    break
+                after = e.headers.get("Retry-After", "")
+                pause = int(after) if re.fullmatch("[0-9]{1,4}", after) else pause
         time.sleep(pause)
     else:
         raise UserError(f"cannot fetch {url}: {problem} (5 tries); run the command again to go on from here")
     try:
         tokens, vocab_size = read_bin(part)
-        if vocab_size != GPT2 or not 10**6 <= len(tokens) <= 10**8:
+        if vocab_size != GPT2 or len(tokens) < 10**6:
             raise UserError(f"{len(tokens)} tokens of a vocabulary of {vocab_size}")
     except UserError as e:
         part.unlink()
@@ -413,14 +360,12 @@ def fetch(url, path):
 
 def fetch_fineweb(shards):
     """The first `shards` of 103 training shards, 100M tokens and 200 MB each, and the validation shard."""
-    if not 1 <= shards <= 103:
-        raise UserError(f"--shards must be from 1 to 103, not {shards}")
     FOLDER.mkdir(exist_ok=True)
     site = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     for name in ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)]:
         if not (FOLDER / name).exists():
             print(f"fetching {name}", flush=True)
-            with time_limit(FETCH_SECONDS, f"fetching {name}"):
+            with time_limit(1800, f"fetching {name}"):
                 fetch(f"{site}/datasets/kjj0/fineweb10B-gpt2/resolve/main/{name}", FOLDER / name)
 
 
@@ -430,54 +375,38 @@ def encoding_for(vocab_size):
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str="(?s).+", mergeable_ranks=ranks, special_tokens={})
     if vocab_size != GPT2:
-        raise UserError(f"no tokenizer is known for a vocabulary of {vocab_size}; "
-                        f"known are 256 (bytes) and {GPT2} (GPT-2)")
+        raise UserError(f"no tokenizer is known for a vocabulary of {vocab_size}, only for 256 and {GPT2}")
     try:
-        with time_limit(VOCABULARY_SECONDS, "fetching GPT-2's vocabulary"):
+        with time_limit(60, "fetching GPT-2's vocabulary"):
             return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as e:                     # ValueError: a wrong checksum
         raise UserError(f"GPT-2's vocabulary could not be fetched ({type(e).__name__}): try again") from None
 
 
 def tokens_of(file, vocab_size):
-    """Yields the tokens of a text file as arrays, each of a piece of the text."""
+    """Yields the tokens of a text file as arrays, piece by piece: it may be larger than the memory."""
     if vocab_size == 256:
         with open(file, "rb") as f:
             while piece := f.read(PIECE):
                 yield np.frombuffer(piece, np.uint8)       # bytes need no decoding
         return
-    encoding = encoding_for(vocab_size)
-    rest, characters, bad = "", 0, 0
+    encoding, characters, bad = encoding_for(vocab_size), 0, 0
     with open(file, encoding="utf-8", errors="replace", newline="") as f:
-        while piece := f.read(PIECE):
+        while piece := f.read(PIECE) + f.readline(PIECE):  # up to the end of a line, to cut no word
             characters += len(piece)
             bad += piece.count("\ufffd") + piece.count("\0")             # UTF-16 has many zeros
-            if bad > characters / 10:
-                raise UserError(f"{file} is mostly not UTF-8 text: unpack or convert it")
-            text = rest + piece
-            words = re.match(r"(?s).*\S(?=[ \n])", text)   # no token of GPT-2 reaches over a word's end
-            edge = words.end() if words else len(text)
-            yield np.array(encoding.encode_ordinary(text[:edge]), np.uint16)
-            rest = text[edge:]
-    yield np.array(encoding.encode_ordinary(rest), np.uint16)
+            yield np.array(encoding.encode_ordinary(piece), np.uint16)
+    if bad > characters / 10:
+        raise UserError(f"{file} is mostly not UTF-8 text: unpack or convert it")
     if bad:
         print(f"{file}: {bad / characters:.3%} of the characters are not UTF-8 text")
 
 
 def tokenise(files, out, vocab_size):
-    """Writes OUT_train.bin and OUT_val.bin, the first nine tenths and the last of all files' tokens.
-
-    Where they are too many for one shard, its name gets a number: OUT_train_000000.bin
-    """
-    if out.endswith("/") or not Path(out).name:
-        raise UserError(f"--out {out} names a folder: add the beginning of the files' names, as in {out}text")
-    for file in files:
-        if not os.access(file, os.R_OK):
-            raise UserError(f"cannot read {file}")
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    sizes = {}
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.part-") as work:    # always removed
+    """Writes OUT_train.bin and OUT_val.bin, the first nine tenths and the last of all files' tokens."""
+    folder = Path(f"{out}_train.bin").parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:  # removed whatever happens
         everything = Path(work, "everything")
         with open(everything, "wb") as f:
             f.write(bytes(HEADER))
@@ -485,17 +414,15 @@ def tokenise(files, out, vocab_size):
                 for tokens in tokens_of(file, vocab_size):
                     f.write(tokens.astype(np.uint16).tobytes())
             count = (f.tell() - HEADER) // 2
+        if count > MOST_TOKENS:
+            raise UserError(f"{count} tokens, but one shard holds {MOST_TOKENS}: give fewer files at a time")
         edge = count * 9 // 10
-        for split, start, stop in ("train", 0, edge), ("val", edge, count):
-            for i, first in enumerate(range(start, stop, MOST_TOKENS)):
-                name = f"{out.name}_{split}_{i:06d}.bin" if edge > MOST_TOKENS else f"{out.name}_{split}.bin"
-                tokens = Shard(everything, first, min(first + MOST_TOKENS, stop))
-                write_bin(Path(work, name), tokens, vocab_size)
-                sizes[name] = len(tokens)
-        for name in sizes:
-            os.replace(Path(work, name), out.parent / name)
-    for name in sizes:
-        print(f"{out.parent / name}: {sizes[name]} tokens")
+        splits = {"train": Shard(everything, 0, edge), "val": Shard(everything, edge, count)}
+        for split, tokens in splits.items():
+            write_bin(Path(work, split), tokens, vocab_size)
+        for split, tokens in splits.items():
+            os.replace(Path(work, split), f"{out}_{split}.bin")
+            print(f"{out}_{split}.bin: {len(tokens)} tokens")
 
 
 class Parser(argparse.ArgumentParser):
@@ -506,16 +433,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_program(main, quiet=False):
-    """Runs main() -> exit code.  What the user or the operating system did wrong is one line (none if quiet).
-
-    SDP_TRACEBACK=1 in the environment shows where it happened.
-    """
+    """Runs main() -> exit code.  What the user or the system did wrong is one line (none if quiet)."""
     try:
         main()
         print(end="", flush=True)                          # a closed or full standard output shows here
         return 0
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as e:
-        if os.environ.get("SDP_TRACEBACK"):
+        if os.environ.get("SDP_TRACEBACK"):                # shows where it happened
             traceback.print_exc()
         if not quiet:
             print("error:", " ".join(str(e).split()) or type(e).__name__, file=sys.stderr)
@@ -531,16 +455,18 @@ def main():
     parser = Parser(description="Fetch or tokenise training text ahead of time.")
     commands = parser.add_subparsers(dest="command", required=True)
     fineweb = commands.add_parser("fineweb", help="fetch FineWeb, tokenised with GPT-2's vocabulary")
-    fineweb.add_argument("--shards", type=int, default=1, help="training shards of 100M tokens [%(default)s]")
+    fineweb.add_argument("--shards", type=int, default=1, help="training shards, 1 to 103 [%(default)s]")
     text = commands.add_parser("text", help="tokenise text files")
     text.add_argument("files", nargs="+", metavar="FILE")
     text.add_argument("--out", default=str(FOLDER / "text"), help="beginning of the paths [%(default)s]")
     text.add_argument("--encoding", choices=["bytes", "gpt2"], default="bytes", help="[%(default)s]")
     args = parser.parse_args()
-    if args.command == "fineweb":
+    if args.command == "text":
+        tokenise(args.files, args.out, 256 if args.encoding == "bytes" else GPT2)
+    elif 1 <= args.shards <= 103:
         fetch_fineweb(args.shards)
     else:
-        tokenise(args.files, args.out, 256 if args.encoding == "bytes" else GPT2)
+        raise UserError(f"--shards must be from 1 to 103, not {args.shards}")
 
 
 if __name__ == "__main__":
