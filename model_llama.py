@@ -118,17 +118,17 @@ def init(c, name, tensor, generator):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def rope_table(length, head_dim, theta, device):
-    """Cosines and sines of rotary position embedding (arXiv 2104.09864), each [length, head_dim]."""
+    """Cosines and signed sines of rotary position embedding (arXiv 2104.09864), each [length, head_dim]."""
     freq = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), freq).repeat(1, 2)
-    return angle.cos(), angle.sin()
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), freq)
+    return angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), dim=1)
 
 
 def rotate(x, rope):
     """Turns each pair (x_i, x_{i + h/2}) of x [B, heads, T, h] by its position's angle."""
     cos, sin = (t.to(x.dtype) for t in rope)
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    other = x.roll(x.shape[-1] // 2, dims=-1)                        # each number's partner
+    return torch.addcmul(x * cos, other, sin)                        # x cos + other sin
 
 
 class Attention(nn.Module):
@@ -147,9 +147,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.q_heads, self.head_dim).transpose(1, 2)       # [B, q_heads, T, h]
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)      # [B, kv_heads, T, h]
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
-        # q and k are rotated in one go: half as many kernels, which on a GPU cost more than what they compute
-        q, k = rotate(torch.cat((q, k), dim=1), rope).split((self.q_heads, self.kv_heads), dim=1)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.q_heads != self.kv_heads)
+        y = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True,
+                                           enable_gqa=self.q_heads != self.kv_heads)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                          # sum over the heads
 
 
