@@ -20,6 +20,7 @@ There are two regimes:
     forward pass                    the subnetwork              the full model
     weights in memory               the subnetwork's            all
     gradients, optimizer state      the subnetwork's            the subnetwork's
+    a branch's output               times 1/C                   as it is
     gradient                        biased                      unbiased
 
 The words:
@@ -27,7 +28,9 @@ The words:
     branch      the f of a residual x <- x + f(x); its inside is a sum over its neurons
     neuron      the smallest piece that is held or not: a head, a hidden unit, a channel
     subnet      the number of a subnetwork, 0 to S-1
-    holders     of a neuron: all subnets that hold it, a sorted tuple; the coverage is their part of S
+    held        a worker holds the neurons of its subnetwork: it trains them
+    holders     of a neuron: all subnets that hold it, a sorted tuple, also called a holder set
+    coverage    C = number of holders / S
     frozen      under backward masking a worker also runs the neurons it does not hold; they do not train here
     refresh     a holder sends new weights to the workers that run them frozen
     run         what one holder set has of one parameter: one stretch of memory, a 1-D tensor
@@ -46,7 +49,6 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
-from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -144,6 +146,22 @@ def count_subnets(masks):
 def held_counts(masks, subnet):
     """{branch: number of neurons that the subnet holds}: the sizes to build its model with."""
     return {name: int(mask[:, subnet].sum()) for name, mask in masks.items()}
+
+
+def branch_scales(masks, subnet):
+    """{branch: what forward masking multiplies this subnet's branch by}: 1/C where the coverage is C.
+
+    A subnetwork's branch is a part of a sum, and the full model adds up the whole.  With this factor the
+    mean over all subnetworks is the full branch: a neuron with h holders is in h of the S subnetworks, and
+    h * S/h / S = 1.  Dropout and stochastic depth (arXiv 1603.09382) scale for the same reason.  A branch
+    has one factor.  Where its neurons have different numbers of holders, it is the mean over those held
+    here.  It multiplies the sum over the neurons; a bias that is added to the sum stays as it is.
+    """
+    scales = {}
+    for branch, mask in masks.items():
+        holders = mask.sum(1)[mask[:, subnet]].double()     # of each neuron this subnet holds
+        scales[branch] = mask.shape[1] * float((1 / holders).mean()) if len(holders) else 1.0
+    return scales
 
 
 def holder_sets(masks):
@@ -297,22 +315,6 @@ def balanced_sets(cost, size, n_subnets, held, seed):
 # Under backward masking, modules whose path has the part `rest` have the frozen neurons: a.rest.b.weight is
 # cut from the full model's a.b.weight, and the branch is held(x) + rest(x).
 
-def branch_scales(masks, subnet):
-    """{branch: what forward masking multiplies this subnet's branch by}: 1/C where the coverage is C.
-
-    A subnetwork's branch is a part of a sum, and the full model adds up the whole.  Times S/|H_n|, where
-    |H_n| of the S subnets hold neuron n, the mean over all subnetworks is the full branch: each neuron is
-    in |H_n| of them, and |H_n| * S/|H_n| / S = 1.  Dropout and stochastic depth (arXiv 1603.09382) scale
-    for the same reason.  A branch has one number; where its neurons have different numbers of holders, it
-    is the mean over those held here.
-    """
-    scales = {}
-    for branch, mask in masks.items():
-        holders = mask.sum(1)[mask[:, subnet]].double()     # of each neuron this subnet holds
-        scales[branch] = mask.shape[1] * float((1 / holders).mean()) if len(holders) else 1.0
-    return scales
-
-
 class Slot(NamedTuple):
     """Where a parameter of a subnetwork lies in the full model."""
     name: str                       # of the full parameter
@@ -329,11 +331,11 @@ def slots(module, masks, layout, subnet):
     _, which = holder_sets(masks)
     found = {}
     for local, p in module.named_parameters():
+        frozen = ".rest." in f".{local}"                    # the dot before: `rest` may come first
         name = f".{local}".replace(".rest.", ".")[1:]
         if name not in layout:
             raise ValueError(f"parameter {name} is not in the layout: add it (branch None if all hold it)")
         branch, dim, shape = layout[name]
-        frozen = ".rest." in f".{local}"
         if dim is None:
             if frozen:
                 raise ValueError(f"parameter {local} belongs to its branch as a whole, and `rest` would add "
@@ -343,29 +345,37 @@ def slots(module, masks, layout, subnet):
             mask = masks[branch]
             if shape[dim] % len(mask):
                 raise ValueError(f"{name} has {shape[dim]} rows, which {len(mask)} neurons cannot share")
-            neurons = which[branch].argsort(stable=True)    # sorted by holder set; of them those held here,
-            neurons = neurons[mask[neurons, subnet] != frozen]  # or, in `rest`, the others
-            each = shape[dim] // len(mask)
+            neurons = which[branch].argsort(stable=True)    # sorted by holder set
+            here = mask[neurons, subnet] != frozen          # the held ones; in `rest` those not held
+            neurons = neurons[here]
+            each = shape[dim] // len(mask)                  # rows of one neuron
             rows = (neurons[:, None] * each + torch.arange(each)).flatten()
             slot = Slot(name, dim, rows, not frozen)
             shape = (*shape[:dim], len(rows), *shape[dim + 1:])
         if p.shape != torch.Size(shape):
             raise ValueError(f"parameter {local} has shape {list(p.shape)}, but by the masks {list(shape)}")
         found[local] = slot
+    check_module(module, masks, layout, subnet, found)
+    return found
+
+
+def check_module(module, masks, layout, subnet, found):
+    """Raises ValueError for what the module lacks, ties or keeps so that SDP would train it wrongly."""
+    trained = {slot.name for slot in found.values() if slot.trains}
     for name, (branch, _, _) in layout.items():
         held = branch is None or bool(masks[branch][:, subnet].any())
-        if held and not any(slot.name == name and slot.trains for slot in found.values()):
+        if held and name not in trained:
             raise ValueError(f"subnet {subnet} holds {name}, but the module does not have it (of tied "
                              f"parameters only the first name belongs into the layout, with branch None)")
-    for alias, p in module.named_parameters(remove_duplicate=False):
-        if alias not in found:                              # p is tied to one found under another name
-            first = next(local for local, q in module.named_parameters() if q is p)
-            if layout[found[first].name][0] is not None:
-                raise ValueError(f"{first} and {alias} are tied in a branch: only shared ones can be")
-    for buffer in module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys():
+    first_name = {p: local for local, p in module.named_parameters()}
+    everything = dict(module.named_parameters(remove_duplicate=False))
+    for alias, p in everything.items():
+        first = first_name[p]
+        if alias != first and layout[found[first].name][0] is not None:
+            raise ValueError(f"{first} and {alias} are tied in a branch: only shared ones can be")
+    for buffer in module.state_dict().keys() - everything.keys():
         raise ValueError(f"buffer {buffer} is state that nobody averages: register a constant with "
                          f"persistent=False, and batch norms with track_running_stats=False")
-    return found
 
 
 def cut(full, slot):
@@ -377,7 +387,9 @@ def cut(full, slot):
 
 def flat(tensor, slot):
     """A parameter's or gradient's numbers, neuron by neuron: 1-D, a view if they lie so in memory."""
-    return tensor.movedim(slot.dim or 0, 0).reshape(-1) if tensor.dim() else tensor.reshape(-1)
+    if slot.dim is not None:
+        tensor = tensor.movedim(slot.dim, 0)
+    return tensor.reshape(-1)
 
 
 def seeded(*what):
@@ -402,9 +414,14 @@ def fresh(layout, init, seed):
 def materialize(module, masks, layout, subnet, value, device="cpu"):
     """Gives a subnetwork built on the meta device its weights, cut from value(full name), one at a time.
 
-    Frozen parameters get requires_grad=False.  Returns the module.
+    Frozen parameters get requires_grad=False.  Returns the module.  Raises ValueError if a buffer is on the
+    meta device too: nothing says what its value is.
     """
     places = slots(module, masks, layout, subnet)
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta:
+            raise ValueError(f"buffer {name} is on the meta device: make constants in forward, or give "
+                             f"torch.zeros and the like device='cpu' there")
     made = {}                                               # tied parameters stay tied
     for local, p in list(module.named_parameters(remove_duplicate=False)):
         if p not in made:
@@ -514,7 +531,7 @@ class Simulation:
 
     close = refresh
 
-    def cut(self, run, full):
+    def part_of(self, full, run):
         """What belongs into run.param, or into its optimizer state, of a full tensor."""
         return full
 
@@ -584,8 +601,6 @@ class MaskedAllReduce:
     Raises ValueError for what SDP would train wrongly.
     """
 
-    _limit = math.inf                                       # of numbers in an exchange: all in one
-
     def __init__(self, module, masks, layout, backward=False, timeout=None):
         self.module, self.masks, self.layout = module, masks, layout
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -605,8 +620,9 @@ class MaskedAllReduce:
         all_runs = self._find_runs()
         for run in all_runs:
             if self.subnet not in run.holders and (run.param is not None) != backward:
-                raise ValueError(f"of {run.name}, neurons that this worker does not hold must be in the module "
-                                 f"(in `rest`) under backward masking, and only then; backward is {backward}")
+                raise ValueError(f"of {run.name}, neurons that this worker does not hold must be in the "
+                                 f"module (in `rest`) under backward masking, and only then; "
+                                 f"backward is {backward}")
         self.runs = [run for run in all_runs if self.subnet in run.holders]
         self.runs_in = defaultdict(list)                    # trained parameter -> its runs, as they lie in it
         for run in self.runs:
@@ -622,7 +638,7 @@ class MaskedAllReduce:
         self.buckets = self._plan_buckets(all_runs)
         self.shares = torch.stack([bucket.share for bucket in self.buckets]).double()
         self.norms = []                                     # of the messages that have arrived
-        self.exchanges = self._plan_refresh(all_runs, self._limit) if backward else []
+        self.exchanges = self._plan_refresh(all_runs) if backward else []
         self._coming = []                                   # refresh messages under way
 
     def run(self, worker, *inputs):
@@ -647,20 +663,23 @@ class MaskedAllReduce:
             self._deal_out(bucket, message, torch.linalg.vector_norm(message))
 
     def _take_gradient(self, local):
-        """Moves the gradient of a parameter to its runs.  No copy: the runs' gradients are views."""
+        """Moves the gradient of a parameter to its runs.  No copy: the runs' gradients are views.
+
+        The parameter's own .grad is None after that, or the numbers would be there twice.
+        """
         p = self.params[local]
         if not p.requires_grad:
             raise RuntimeError(f"{local} was frozen after it was wrapped, and others wait for its gradient: "
                                f"leave its runs out of the optimizer instead")
         grad = torch.zeros_like(p) if p.grad is None else p.grad  # None: it took no part in this loss
         runs = self.runs_in[local]
-        for run, part in zip(runs, flat(grad, self.slots[local]).split([run.param.numel() for run in runs])):
+        for run, part in zip(runs, flat(grad, self.slots[local]).split([run.numel for run in runs])):
             run.param.grad = part
         p.grad = None
 
     def _deal_out(self, bucket, message, norm):
         """The message has the averages of a bucket's runs: from now on it is their gradients' memory."""
-        for run, part in zip(bucket.runs, message.split([run.param.numel() for run in bucket.runs])):
+        for run, part in zip(bucket.runs, message.split([run.numel for run in bucket.runs])):
             run.param.grad = part
         self.norms.append(norm)
 
@@ -750,11 +769,15 @@ class MaskedAllReduce:
                 raise RuntimeError("overlapping NCCL groups can deadlock: this needs NCCL 2.26 or later, and "
                                    "NCCL_LAUNCH_ORDER_IMPLICIT=1 set before init_process_group")
 
-    def _count(self, holders):                              # |H_j|
+    def _count(self, holders):
+        """|H_j|: each subnet is that of W/S workers."""
         return len(holders) * self.world // self.n_subnets
 
     def _find_runs(self):
-        """All runs of the full model in forward order, with their place in this process's module."""
+        """All runs of the full model in forward order, with their place in this process's module.
+
+        In a parameter they lie in the order of `runs_of`, as `slots` sorts neurons by holder set.
+        """
         here = {(slot.name, slot.trains): local for local, slot in self.slots.items()}
         memory = {local: flat(p.data, self.slots[local]) for local, p in self.params.items()}
         end = Counter()                                     # of the runs found so far in each parameter
@@ -778,7 +801,7 @@ class MaskedAllReduce:
         return [self._bucket(holders, [run for run in self.runs if run.holders == holders])
                 for holders in self.groups if self.subnet in holders]
 
-    def _plan_refresh(self, all_runs, limit):
+    def _plan_refresh(self, all_runs, limit=math.inf):
         """Who sends whom new weights: exchanges in forward order, each with some `limit` numbers a worker.
 
         Ranks n S to n S + S-1 are a family: between them they hold all subnets.  Weights never leave the
@@ -786,32 +809,32 @@ class MaskedAllReduce:
         to send so far sends.
         """
         family = self.rank - self.subnet
+        everyone = range(self.n_subnets)
+        transfers = [(run, subnet) for run in all_runs for subnet in everyone if subnet not in run.holders]
         load = Counter()                                    # numbers that each subnet sends in an update
         for run in all_runs:
             for subnet in run.holders:
                 load[subnet] += run.numel * (2 - 2 / self._count(run.holders))
-        owners = {}                                # (run, subnet that gets it) -> subnet that sends it
-        for run in sorted(all_runs, key=attrgetter("numel"), reverse=True):
-            for subnet in sorted(set(range(self.n_subnets)) - set(run.holders)):
-                owner = min(run.holders, key=load.__getitem__)
-                load[owner] += run.numel
-                owners[run.name, run.holders, subnet] = owner
+        senders = {}                                        # of each transfer: a subnet
+        for run, subnet in sorted(transfers, key=size_of_transfer, reverse=True):
+            sender = min(run.holders, key=load.__getitem__)
+            load[sender] += run.numel
+            senders[run.name, run.holders, subnet] = sender
         exchanges = []
         size = limit
-        for run in all_runs:
-            for subnet in sorted(set(range(self.n_subnets)) - set(run.holders)):
-                if size >= limit:
-                    size = 0
-                    sends = [[] for _ in range(self.world)]
-                    gets = [[] for _ in range(self.world)]
-                    exchanges.append(Exchange(set(), sends, gets))
-                size += run.numel / self.n_subnets
-                exchanges[-1].branches.add(self.layout[run.name][0])
-                owner = owners[run.name, run.holders, subnet]
-                if self.subnet == owner:
-                    sends[family + subnet].append(run.param.data)
-                elif self.subnet == subnet:
-                    gets[family + owner].append(run.param.data)
+        for run, subnet in transfers:
+            if size >= limit:
+                size = 0
+                sends = [[] for _ in range(self.world)]
+                gets = [[] for _ in range(self.world)]
+                exchanges.append(Exchange(set(), sends, gets))
+            size += run.numel / self.n_subnets
+            exchanges[-1].branches.add(self.layout[run.name][0])
+            sender = senders[run.name, run.holders, subnet]
+            if self.subnet == sender:
+                sends[family + subnet].append(run.param.data)
+            elif self.subnet == subnet:
+                gets[family + sender].append(run.param.data)
         return exchanges
 
     @property
@@ -823,11 +846,11 @@ class MaskedAllReduce:
 
     # -- the full model
 
-    def cut(self, run, full):
+    def part_of(self, full, run):
         """What belongs into run.param, or into its optimizer state, of a full tensor."""
-        slot = self.slots[run.local]
-        before = self.runs_in[run.local][:self.runs_in[run.local].index(run)]
-        return flat(cut(full, slot), slot)[numels(r.param for r in before):][:run.numel]
+        slot, runs = self.slots[run.local], self.runs_in[run.local]
+        parts = flat(cut(full, slot), slot).split([r.numel for r in runs])
+        return parts[runs.index(run)]
 
     @torch.no_grad()
     def gather(self, tensors=None, under=""):
@@ -872,7 +895,6 @@ class SubnetDataParallel(MaskedAllReduce):
     def __init__(self, module, masks, layout, backward=False, timeout=None, bucket_bytes=16 * 2**20,
                  reduce_dtype=None, compile=False):
         self.bucket_bytes = bucket_bytes
-        self._limit = bucket_bytes / 2                      # an exchange brings about so many numbers
         super().__init__(module, masks, layout, backward, timeout)
         self.wire_dtype = reduce_dtype or self.dtype
         # dynamic: compiled once, not once for each bucket's length
@@ -916,6 +938,9 @@ class SubnetDataParallel(MaskedAllReduce):
                     buckets.append((run.holders, opened[run.holders]))
                 opened[run.holders].append(run)
         return [self._bucket(holders, runs) for holders, runs in reversed(buckets) if self.subnet in holders]
+
+    def _plan_refresh(self, all_runs):
+        return super()._plan_refresh(all_runs, limit=self.bucket_bytes / 2)
 
     def _restart(self):
         self.norms = []
@@ -991,7 +1016,8 @@ class SubnetDataParallel(MaskedAllReduce):
             for branch in exchange.branches:
                 paths = [local.split(".")[:-1] for local, slot in self.slots.items()
                          if self.layout[slot.name][0] == branch]
-                module = self.module.get_submodule(".".join(os.path.commonprefix(paths)))
+                common = os.path.commonprefix(paths)        # of lists: the names that all paths begin with
+                module = self.module.get_submodule(".".join(common))
                 self._hooks.append(module.register_forward_pre_hook(partial(self._wait, left)))
 
     def _wait(self, left, *_):
@@ -1026,6 +1052,11 @@ def unpack(message, dtype):
 
 def numels(tensors):
     return sum(tensor.numel() for tensor in tensors)
+
+
+def size_of_transfer(transfer):
+    run, _ = transfer
+    return run.numel
 
 
 # -----------------------------------------------------------------------------------------------------------

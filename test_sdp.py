@@ -871,7 +871,7 @@ def _gathered_states():
                                NET_MASKS, NET)
     full = gathered(sync, [torch.full_like(run.param, 7, dtype=torch.float64) for run in sync.runs])
     for run in sync.runs:                                   # cut is the way back
-        assert torch.equal(sync.cut(run, full[run.name]), torch.full_like(run.param, 7, dtype=torch.float64))
+        assert torch.equal(sync.part_of(full[run.name], run), torch.full_like(run.param, 7, dtype=torch.float64))
     return full
 
 

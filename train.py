@@ -746,7 +746,7 @@ def restore(optimizer, sync, saved):
     """Cuts this worker's part out of the saved optimizer state."""
     for run in sync.runs:
         for key, value in saved[run.name].items():
-            part = sync.cut(run, value) if torch.is_tensor(value) else torch.tensor(float(value))
+            part = sync.part_of(value, run) if torch.is_tensor(value) else torch.tensor(float(value))
             optimizer.state[run.param][key] = part.to(sync.device, copy=True)
 
 
