@@ -637,7 +637,7 @@ class MaskedAllReduce:
                 self.groups[run.holders] = group
         self.buckets = self._plan_buckets(all_runs)
         self.shares = torch.stack([bucket.share for bucket in self.buckets]).double()
-        self.norms = []                                     # of the messages that have arrived
+        self.squares = []                                   # sum of squares of each message that has arrived
         self.exchanges = self._plan_refresh(all_runs) if backward else []
         self._coming = []                                   # refresh messages under way
 
@@ -653,14 +653,14 @@ class MaskedAllReduce:
     @torch.no_grad()
     def finish(self):
         """Makes every run's gradient the average over its holders.  Call it after the backward pass."""
-        self.norms = []
+        self.squares = []
         for local in self.runs_in:
             self._take_gradient(local)
         for bucket in self.buckets:                         # in one global order
             message = torch.cat([run.param.grad for run in bucket.runs])
             message *= bucket.share                         # 1/|H_j| * g_ij
             dist.all_reduce(message, group=self.groups[bucket.holders])  # sum over i in H_j
-            self._deal_out(bucket, message, torch.linalg.vector_norm(message))
+            self._deal_out(bucket, message, torch.dot(message, message))
 
     def _take_gradient(self, local):
         """Moves the gradient of a parameter to its runs.  No copy: the runs' gradients are views.
@@ -677,11 +677,11 @@ class MaskedAllReduce:
             run.param.grad = part
         p.grad = None
 
-    def _deal_out(self, bucket, message, norm):
+    def _deal_out(self, bucket, message, square):
         """The message has the averages of a bucket's runs: from now on it is their gradients' memory."""
         for run, part in zip(bucket.runs, message.split([run.numel for run in bucket.runs])):
             run.param.grad = part
-        self.norms.append(norm)
+        self.squares.append(square)
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm, *scalars):
@@ -691,17 +691,17 @@ class MaskedAllReduce:
         (the loss, a wish to stop).  All travel in one message.  Each parameter counts once: each of its h
         holders adds 1/h of its square.
         """
-        if len(self.norms) < len(self.buckets):
+        if len(self.squares) < len(self.buckets):
             raise RuntimeError("call finish() before clip_grad_norm(): the gradients are not averages yet")
         packet = torch.zeros(1 + len(scalars), dtype=torch.float64, device=self.device)
-        packet[0] = (torch.stack(self.norms).double() ** 2 * self.shares).sum()
+        packet[0] = (torch.stack(self.squares).double() * self.shares).sum()
         for i, scalar in enumerate(scalars, 1):
             packet[i] = scalar
         dist.all_reduce(packet)
         packet[0].sqrt_()
         scale = (max_norm / (packet[0] + 1e-6)).clamp(max=1).to(self.dtype)
         torch._foreach_mul_([run.param.grad for run in self.runs], scale)
-        self.norms = []
+        self.squares = []
         return packet
 
     @torch.no_grad()
@@ -732,7 +732,7 @@ class MaskedAllReduce:
 
     def reset(self):
         """Drops all gradients: after an exception in the backward pass that all ranks had alike."""
-        self.norms = []
+        self.squares = []
         for p in [*self.params.values(), *(run.param for run in self.runs)]:
             p.grad = None
 
@@ -943,7 +943,7 @@ class SubnetDataParallel(MaskedAllReduce):
         return super()._plan_refresh(all_runs, limit=self.bucket_bytes / 2)
 
     def _restart(self):
-        self.norms = []
+        self.squares = []
         self._taken = set()                                 # parameters whose gradient is complete
         self._missing = [len(bucket.runs) for bucket in self.buckets]  # runs that each bucket waits for
         self._next = 0                                      # the next bucket to send
@@ -1045,9 +1045,9 @@ def pack(gradients, share, dtype):
 
 
 def unpack(message, dtype):
-    """-> the averages that have arrived, 1-D, and their norm, which clipping needs."""
+    """-> the averages that have arrived, 1-D, and the sum of their squares, which clipping needs."""
     averages = message.to(dtype)
-    return averages, torch.linalg.vector_norm(averages)
+    return averages, torch.dot(averages, averages)
 
 
 def numels(tensors):

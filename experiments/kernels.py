@@ -3,28 +3,29 @@ How many kernels does one update launch?  On a GPU each costs some 5 microsecond
 
     python experiments/kernels.py [--model llama-134m] [--subnets 8] [--held 6]
 
-Counted by a dispatch mode on one worker, on torch's fake process group, with one short sequence: the counts do
-not depend on the machine.  Views, and tensors that are only allocated, launch nothing.  With
-compile=True, two functions of sdp.py become one kernel each: what is done with a message before and after it travels.
+Counted by a dispatch mode on one worker, on torch's fake process group, with one short sequence: the counts
+do not depend on the machine.  Views, and tensors that are only allocated, launch nothing.
+
+The last lines are the fused path (compile=True): kernels of one bucket before and after it travels, `pack` and
+`unpack` of sdp.py, counted in eager mode and in what torch.compile makes of them.
 """
 
 import argparse
 import json
 import sys
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+import torch._inductor.metrics
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model_llama as llama
 import sdp
+from plan import alone, hook_without_peers
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.jsonl"
 PHASES = "forward", "backward", "finish", "clip", "step", "refresh"
@@ -42,32 +43,6 @@ class Kernels(TorchDispatchMode):
         if not func.is_view and func.overloadpacket.__name__ not in FREE:
             self.count[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def alone(world):
-    """This process is rank 0 of `world`; the fake process group takes every message and brings none."""
-    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
-    real = dist.all_to_all_single
-
-    def all_to_all(new, message, get_sizes, send_sizes, **options):
-        if len(message) or not len(new):                    # the fake group refuses to send nothing
-            return real(new, message, get_sizes, send_sizes, **options)
-        return real(new, torch.zeros_like(new), get_sizes, get_sizes, **options)
-    dist.all_to_all_single = all_to_all
-    try:
-        yield
-    finally:
-        dist.all_to_all_single = real
-        dist.destroy_process_group()
-
-
-def all_reduce_alone(_, bucket):
-    """DDP's communication hook: the fake group's own results are none that DDP can read."""
-    dist.all_reduce(bucket.buffer())
-    future = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
 
 
 def update(module, params, optimizer, sync, tokens):
@@ -95,7 +70,7 @@ def update(module, params, optimizer, sync, tokens):
 
 def measure(variant, config, masks, make_module):
     """Counts of an update that is not the first one, and the number of messages."""
-    with alone(sdp.count_subnets(masks)):
+    with alone(0, sdp.count_subnets(masks)):
         with torch.device("meta"):
             module = make_module()
         module.to_empty(device="cpu")                       # values do not matter: zeros, which are made fast
@@ -104,7 +79,7 @@ def measure(variant, config, masks, make_module):
         sync = None
         if variant == "ddp":
             module = DistributedDataParallel(module, gradient_as_bucket_view=True, init_sync=False)
-            module.register_comm_hook(None, all_reduce_alone)
+            module.register_comm_hook(None, hook_without_peers)
         elif variant.startswith("sdp"):
             layout = llama.layout(config)
             for local, slot in sdp.slots(module, masks, layout, 0).items():
@@ -142,11 +117,29 @@ def count_all(model="llama-134m", n_subnets=8, held=6):
     return rows
 
 
+def count_fused():
+    """[{"variant", "eager", "compiled"}]: kernels of `pack` and `unpack`, for float32 and bfloat16 messages."""
+    rows = []
+    for dtype in torch.float32, torch.bfloat16:
+        gradients, share = torch.ones(1000), torch.tensor(0.5)
+        work = {"pack": (sdp.pack, (gradients, share, dtype)),
+                "unpack": (sdp.unpack, (gradients.to(dtype), torch.float32))}
+        for name, (function, args) in work.items():
+            with Kernels() as kernels:
+                function(*args)
+            torch._dynamo.reset()
+            torch._inductor.metrics.reset()
+            torch.compile(function, dynamic=True)(*args)
+            rows.append({"variant": f"{name} {dtype}".replace("torch.", ""), "eager": sum(kernels.count.values()),
+                         "compiled": torch._inductor.metrics.generated_kernel_count})
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(llama.PRESETS), default="llama-134m")
     parser.add_argument("--subnets", type=int, default=8)
-    parser.add_argument("--held", type=int, default=6, help="of the subnets, by how many a neuron is held [%(default)s]")
+    parser.add_argument("--held", type=int, default=6, help="holders of each neuron [%(default)s]")
     args = parser.parse_args()
     rows = count_all(args.model, args.subnets, args.held)
     ddp = sum(rows[0]["kernels"].values())
@@ -155,8 +148,12 @@ def main():
         total = sum(row["kernels"].values())
         print(f"{row['variant']:22}" + "".join(f"{row['kernels'][phase]:10}" for phase in PHASES)
               + f"{total:8}{total / ddp:8.2f}{row['messages']:10}")
+    fused = count_fused()
+    print("\na bucket" + " " * 16 + "eager  compiled")
+    for row in fused:
+        print(f"{row['variant']:22}{row['eager']:7}{row['compiled']:10}")
     with open(RESULTS, "w") as f:
-        for row in rows:
+        for row in rows + fused:
             f.write(json.dumps({"model": args.model, "subnets": args.subnets, "held": args.held, **row}) + "\n")
 
 
