@@ -1,7 +1,7 @@
 """
 Draws figures (needs matplotlib).
 
-    python experiments/figures.py             those of the README, into figures/, from the files in results/
+    python experiments/figures.py             those of README and RESULTS, into figures/
     python experiments/figures.py step        one of them
     python experiments/figures.py RUN...      runs of your own, folders with a metrics.jsonl, into runs.png here
 """
@@ -111,19 +111,22 @@ def masks():
     fig.savefig(HERE / "figures/masks.png", dpi=130)
 
 
+def read(name):
+    """Rows of a file in results/, each a dict."""
+    return [json.loads(line) for line in (HERE / "results" / name).read_text().splitlines()]
+
+
 def memory():
-    """What one worker of llama-1b has in memory at the peak, by --plan."""
-    rows = [
-        r for r in json.loads((HERE / "results/plan_llama-1b.json").read_text()) if " at " not in r["variant"]
-    ]
+    """What one worker of llama-1b has in memory at the peak, by plan.py."""
+    last = {row["variant"]: row for row in read("plan.jsonl") if row["model"] == "llama-1b"}
+    rows = [row for name, row in last.items() if " at " not in name or name == "sdp at coverage 1"]
     fig, axis = plt.subplots(figsize=(9, 3.4))
     left = np.zeros(len(rows))
-    for kind, colour in zip(
-        ("parameters", "gradients", "optimizer", "activations", "temporary"),
-        ("#08306b", "#2171b5", "#6baed6", "#fdae6b", "#d9d9d9"),
-    ):
-        width = np.array([r["memory"][kind] / 1e9 for r in rows])
-        axis.barh([r["variant"] for r in rows], width, left=left, color=colour, label=kind)
+    colours = {"parameters": "#08306b", "gradients": "#2171b5", "optimizer": "#6baed6",
+               "activations": "#fdae6b", "temporary": "#d9d9d9"}
+    for kind, colour in colours.items():
+        width = np.array([row["memory"][kind] / 1e9 for row in rows])
+        axis.barh([row["variant"] for row in rows], width, left=left, color=colour, label=kind)
         left += width
     for i, total in enumerate(left):
         axis.text(total + 0.2, i, f"{total:.1f} GB, {total / left[0]:.0%}", va="center", fontsize=9)
@@ -133,63 +136,81 @@ def memory():
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     axis.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
-    fig.savefig(HERE / "figures/memory.png", dpi=130)
+    fig.savefig(HERE / "figures/memory.png", dpi=130, facecolor="white")
+    plt.close(fig)
 
 
-def timeline():
-    """When all-reduces run beside the backward pass over a link of 1 Gbit/s, from torch.profiler's traces."""
-    settings = json.loads((HERE / "results/timeline.json").read_text())
-    fig, axes = plt.subplots(len(settings), 1, figsize=(9, 4))
-    for axis, (setting, variants) in zip(axes, settings.items()):
-        for i, (name, t) in enumerate(variants.items()):
-            axis.barh(
-                i - 0.18, t["backward_ms"], height=0.34, color="#08306b", label="backward" if i == 0 else None
-            )
-            for j, (begin, end) in enumerate(t["all_reduces_ms"]):
-                axis.barh(
-                    i + 0.18,
-                    end - begin,
-                    left=begin,
-                    height=0.34,
-                    color="#fd8d3c",
-                    alpha=0.55,
-                    edgecolor="white",
-                    linewidth=0.4,
-                    label="all-reduces" if i == j == 0 else None,
-                )
-        axis.set_yticks(range(len(variants)), list(variants), fontsize=9)
-        axis.invert_yaxis()
-        axis.set_title(
-            {"compute": "512 tokens a worker", "communication": "64 tokens a worker"}[setting],
-            fontsize=10,
-            loc="left",
-        )
+def best_runs(updates):
+    """{row: its runs of so many updates, at the learning rate that was best on seed 0 at 250 updates}."""
+    results = read("quality.jsonl")
+    out = {}
+    for name in dict.fromkeys(row["row"] for row in results):
+        source = next(row["settings"]["lr_of"] for row in results if row["row"] == name) or name
+        searched = [row for row in results if (row["row"], row["updates"], row["seed"]) == (source, 250, 0)]
+        if searched:
+            lr = min(searched, key=validation_loss)["lr"]
+            runs_here = [row for row in results if (row["row"], row["updates"], row["lr"]) == (name, updates, lr)]
+            if runs_here:
+                out[name] = runs_here
+    return out
+
+
+def validation_loss(row):
+    return row["val_loss"]
+
+
+LOOKS = {"ddp": ("DDP", "black"), "block-6-flops": ("SDP forward block 6/8", "#1b6ca8"),
+         "neuron-6-flops": ("SDP forward neuron 6/8", "#c2571a")}
+
+
+def flops():
+    """Validation loss of the full model against FLOPs: DDP, and SDP FLOP-matched, by quality.py."""
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+    for axis, updates in zip(axes, (250, 1000)):
+        for name, rows in best_runs(updates).items():
+            if name not in LOOKS:
+                continue
+            label, colour = LOOKS[name]
+            for i, row in enumerate(rows):
+                points = [(row["flops"] * step / row["steps"] / 1e12, loss) for step, loss in row["curve"]]
+                axis.plot(*zip(*points), color=colour, marker="o", markersize=3, alpha=0.75,
+                          label=f"{label}, {len(rows)} seeds" if i == 0 else None)
+        axis.set_title(f"{updates} updates of DDP", fontsize=10, loc="left")
+        axis.set_xlabel("TFLOPs of all workers")
+        axis.set_ylabel("validation loss, nats per byte")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xlim(0)
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncol=2)
-    axes[-1].set_xlabel("ms since the backward pass began")
+        axis.legend(frameon=False, fontsize=8)
     fig.tight_layout()
-    fig.savefig(HERE / "figures/timeline.png", dpi=130)
+    fig.savefig(HERE / "figures/flops.png", dpi=130, facecolor="white")
+    plt.close(fig)
 
 
-def curves():
-    """Training loss of llama-tiny in float32 and in bfloat16, every variant."""
-    rows = [json.loads(line) for line in (HERE / "results/bf16.jsonl").read_text().splitlines()]
-    fig, axis = plt.subplots(figsize=(9, 3.4))
-    for row, colour in zip(rows, ("black", "#2171b5", "#6baed6", "#d94801", "#fdae6b")):
-        steps = 10 * np.arange(1, len(row["fp32"]) + 1)
-        axis.plot(steps, row["fp32"], color=colour, label=row["variant"])
-        axis.plot(steps, row["bf16"], color=colour, linestyle=":", linewidth=2.5)
-    axis.set_xlabel("updates")
-    axis.set_ylabel("training loss, nats per byte")
-    axis.set_title("solid: float32, dotted: bfloat16", fontsize=10, loc="left")
+def coverage():
+    """Validation loss against coverage, at equal FLOPs and at equal steps, 250 updates, by quality.py."""
+    rows = best_runs(250)
+    fig, axis = plt.subplots(figsize=(6.4, 3.8))
+    for level, colour in ("block", "#1b6ca8"), ("neuron", "#c2571a"):
+        for ending, style, what in ("-flops", "-", "equal FLOPs"), ("", "--", "equal steps"):
+            points = []
+            for held in range(4, 8):
+                points += [(held, row["val_loss"]) for row in rows.get(f"{level}-{held}{ending}", [])]
+            points += [(8, row["val_loss"]) for row in rows["ddp"]]
+            helds = sorted({held for held, _ in points})
+            means = [np.mean([loss for h, loss in points if h == held]) for held in helds]
+            axis.plot(helds, means, style, color=colour, label=f"{level}, {what}")
+            axis.plot(*zip(*points), "o", color=colour, markersize=4, alpha=0.6,
+                      markerfacecolor=colour if ending else "none")
+    axis.set_xticks(range(4, 9), ["4/8", "5/8", "6/8", "7/8", "8/8 = DDP"])
+    axis.set_xlabel("coverage")
+    axis.set_ylabel("validation loss, nats per byte")
     axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
-    fig.savefig(HERE / "figures/curves.png", dpi=130)
+    fig.savefig(HERE / "figures/coverage.png", dpi=130, facecolor="white")
+    plt.close(fig)
 
 
-FIGURES = {"step": step, "masks": masks, "memory": memory, "timeline": timeline, "curves": curves}
+FIGURES = {"step": step, "masks": masks, "memory": memory, "flops": flops, "coverage": coverage}
 
 
 def main():
@@ -201,7 +222,8 @@ def main():
     for folder in wanted:
         path = Path(folder, "metrics.jsonl")
         if not path.is_file() or not path.read_text().strip():
-            print(f"error: {folder} is neither a run (it has no metrics.jsonl) nor one of {', '.join(FIGURES)}", file=sys.stderr)
+            print(f"error: {folder} is neither a run (it has no metrics.jsonl) nor one of {', '.join(FIGURES)}",
+                  file=sys.stderr)
             return 2
     runs(wanted)
     print("wrote runs.png")
