@@ -47,6 +47,7 @@ SEQ_LEN = 64
 SHORT, LONG = 250, 1000                                              # updates
 FIRST_LR = {"llama": 4e-3, "resnet": 0.03}                           # where the search begins
 CALIBRATION = 16                                                     # batches of 64 images, for batch norm
+COSINE_BATCH = 32                                                    # sequences of each worker
 FAMILY = {"llama": llama, "resnet": resnet}
 
 
@@ -210,6 +211,19 @@ class Dense:
                 p.grad *= self.workers / self.holders[name]          # it was a mean over all workers
         return float(loss.detach())
 
+    def cosine(self, batches):
+        """Mean cosine between two workers' gradients of what all hold (embedding, last norm, head)."""
+        shared = [p for name, p in self.parameters.items() if self.layout[name][0] is None]
+        factors, gradients = self.factors, []
+        for worker, (x, y) in enumerate(batches):
+            if factors is not None:
+                self.factors = {branch: f[worker:worker + 1] for branch, f in factors.items()}
+            of_worker = torch.autograd.grad(self.model(x, y), shared)
+            gradients.append(nn.functional.normalize(torch.cat([g.flatten() for g in of_worker]), dim=0))
+        self.factors = factors
+        cosines = torch.stack(gradients) @ torch.stack(gradients).T  # [workers, workers], 1 on the diagonal
+        return float((cosines.sum() - self.workers) / (self.workers * (self.workers - 1)))
+
     @torch.no_grad()
     def validate(self, batches, calibration=None, factor=1.0):
         """Loss of the full model, whose branches are multiplied by `factor`."""
@@ -258,7 +272,13 @@ class Simulated:
         for x, _ in calibration if norms else ():                    # the full model's statistics
             self.model.train()(x)
         self.model.eval()
-        losses = [float(self.model(x, y)) for x, y in batches]
+        losses, correct, number = [], 0, 0
+        for x, y in batches:
+            outputs = self.model(x)
+            losses.append(float(self.family.loss(outputs, y)))
+            correct += int((outputs.argmax(-1) == y).sum())
+            number += y.numel()
+        self.accuracy = correct / number
         return sum(losses) / len(losses)
 
 
@@ -353,6 +373,11 @@ def train(row, updates, seed, lr, dataset, report):
         result["at_factor"] = {}
         for factor in 0.8, 0.9, 1.1:
             result["at_factor"][str(factor)] = round(workers.validate(val, factor=factor), 5)
+        dataset.batch_size = COSINE_BATCH                            # large, or the batches' noise hides it
+        batches = [dataset.batch("train", steps, worker, row.workers) for worker in range(row.workers)]
+        result["cosine"] = round(workers.cosine(batches), 4)
+    if row.model == "resnet":
+        result["val_acc"] = workers.accuracy
     if row.level:
         result["spectral_gap"] = sdp.spectral_gap(*sdp.rows_of(masks))[0]
     return result
