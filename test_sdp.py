@@ -1,14 +1,15 @@
 """
-Tests of Subnetwork Data Parallelism, against oracles that share no code with it: transformers' LlamaForCausalLM and
+Tests of Subnetwork Data Parallelism, against oracles that share no code with it: transformers' LLaMA and
 torchvision's ResNet with explicit 0/1 masks on full-size weights, torch's DistributedDataParallel, the naive
 all-reduce, torch's fake process group.
 
-    python -m pytest -q test_sdp.py
+    python -m pytest -q test_sdp.py                        # three minutes on two cores
+
+What sdp.py refuses is in experiments/test_use.py, how good its masks are in experiments/test_masks.py.
 """
 
 import functools
 import gc
-import importlib.util
 import itertools
 import multiprocessing
 import pickle
@@ -16,10 +17,10 @@ import shutil
 import tempfile
 import time
 import traceback
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +43,9 @@ TINY = llama.LlamaConfig(vocab_size=61, hidden_size=24, intermediate_size=21, nu
 # Eight blocks, three of them with a convolution in the shortcut, and widths that no S divides evenly
 TINY_RESNET = resnet.ResNetConfig(num_classes=5, image_size=16, widths=(6, 7, 9, 10))
 
+STEPS = 6                                                   # moments, clipping and refreshes count by then
+CLIP = 0.5
+
 
 # -----------------------------------------------------------------------------------------------------------
 # Real processes: eight workers are started once; a test runs a function on the first few of them, over gloo
@@ -49,6 +53,7 @@ TINY_RESNET = resnet.ResNetConfig(num_classes=5, image_size=16, widths=(6, 7, 9,
 
 def _worker(pipe):
     torch.set_num_threads(1)
+    gc.freeze()                                             # gc.collect() passes over what the imports made
     while True:
         try:
             rank, world, store, function, args = pickle.loads(pipe.recv_bytes())
@@ -58,39 +63,43 @@ def _worker(pipe):
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world,
                                     timeout=timedelta(seconds=60))
             result = True, function(*args)
-            if dist.is_initialized():                       # gloo: whoever still connects fails when a peer ends the group
+            if dist.is_initialized():                       # or gloo fails whoever still connects
                 dist.barrier()
         except BaseException:
             result = False, traceback.format_exc()
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-            gc.collect()                                    # or the groups live on in cycles, each with its threads
+            gc.collect()                                    # groups live on in cycles, each with its threads
         pipe.send_bytes(pickle.dumps(result))
 
 
-@pytest.fixture(scope="session")
-def run_on():
-    """run_on(world, function, *args) -> [function's result on rank 0, on rank 1, ...]"""
+@functools.cache
+def pool():
+    """Eight workers, one set for all test files: importing torch takes a process seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_sdp"])
+    # The server imports once what its workers would import one by one; optimizers import torch._dynamo
+    context.set_forkserver_preload(["test_sdp", "torch._dynamo", "transformers.models.llama.modeling_llama"])
     pipes = []
     for _ in range(8):
         mine, its = context.Pipe()
         context.Process(target=_worker, args=(its,), daemon=True).start()
         pipes.append(mine)
+    return pipes
 
-    def run(world, function, *args):
-        with tempfile.TemporaryDirectory() as folder:
-            for rank, pipe in enumerate(pipes[:world]):
-                pipe.send_bytes(pickle.dumps((rank, world, f"{folder}/store", function, args)))
-            results = []
-            for pipe in pipes[:world]:
-                results.append(pickle.loads(pipe.recv_bytes()) if pipe.poll(100) else (False, "hangs"))
-        failed = [f"rank {rank}: {what}" for rank, (fine, what) in enumerate(results) if not fine]
-        assert not failed, "\n".join(failed)
-        return [what for _, what in results]
-    return run
+
+def run_on(world, function, *args):
+    """-> [function's result on rank 0, on rank 1, ...]"""
+    pipes = pool()[:world]
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for rank, pipe in enumerate(pipes):
+            pipe.send_bytes(pickle.dumps((rank, world, f"{folder}/store", function, args)))
+        for pipe in pipes:
+            results.append(pickle.loads(pipe.recv_bytes()) if pipe.poll(200) else (False, "hangs"))
+    failed = [f"rank {rank}: {what}" for rank, (fine, what) in enumerate(results) if not fine]
+    assert not failed, "\n".join(failed)
+    return [what for _, what in results]
 
 
 def family(config):
@@ -150,7 +159,7 @@ def make_sync(config, masks, backward, simulated=None, kind=sdp.SubnetDataParall
 
 
 def backward_pass(sync, config, step, accum=1, batches=None):
-    """Forward and backward passes of one update.  -> losses of this process's workers, one for each micro-step"""
+    """Forward and backward passes of one update.  -> losses of this process's workers and micro-steps"""
     losses, batches = [], batches or batch_for(config)
     for worker in sync.workers:
         for micro in range(accum):
@@ -167,14 +176,14 @@ def gathered(sync, tensors=None):
     return {name: t.clone() for name, t in sync.gather(tensors)}
 
 
-def train_steps(config, masks, backward, simulated=None, steps=20, accum=1, batches=None, clip=0.5, **options):
-    """-> losses [steps, this process's workers], gradient norms [steps], full model at the end, bytes sent"""
+def train_steps(config, masks, backward, simulated=None, accum=1, batches=None, **options):
+    """-> losses [STEPS, this process's workers], gradient norms [STEPS], full model at the end, bytes sent"""
     sync = make_sync(config, masks, backward, simulated, **options)
     optimizer = optimizer_for(config, [run.param for run in sync.runs])
     losses, norms = [], []
-    for step in range(steps):
+    for step in range(STEPS):
         losses.append(backward_pass(sync, config, step, accum, batches))
-        norm, total, ranks = sync.clip_grad_norm(clip, sum(losses[-1]), 1).tolist()
+        norm, total, ranks = sync.clip_grad_norm(CLIP, sum(losses[-1]), 1).tolist()
         assert ranks == (1 if simulated else sync.world)             # scalars are added up over the workers
         assert total >= sum(losses[-1]) if not simulated else total == pytest.approx(sum(losses[-1]))
         norms.append(norm)
@@ -187,24 +196,32 @@ def train_steps(config, masks, backward, simulated=None, steps=20, accum=1, batc
 
 
 def check_replicas(sync):
-    """All holders of each run have the same bits, and under backward masking the frozen copies too."""
-    sync.arrive() if hasattr(sync, "arrive") else None
-    mine = {(run.name, run.holders): run.param.detach().clone() for run in sync._find_runs() if run.local}
+    """All holders of an entry have the same bits, and under backward masking so have the frozen copies."""
+    if isinstance(sync, sdp.SubnetDataParallel):
+        sync.arrive()                                       # the last refresh may be under way
+    mine = []
+    for local, slot in sync.slots.items():
+        mine.append((slot.name, slot.dim or 0, slot.rows, sync.module.get_parameter(local).detach()))
     everybody = [None] * sync.world
     dist.all_gather_object(everybody, mine)
-    first = {}
-    for theirs in everybody:
-        for key, bits in theirs.items():
-            assert torch.equal(first.setdefault(key, bits), bits), key
+    seen = {}                                               # full tensors, NaN where nobody was yet
+    for name, dim, rows, part in itertools.chain(*everybody):
+        full = seen.setdefault(name, torch.full(sync.layout[name][2], torch.nan, dtype=part.dtype))
+        rows = slice(None) if rows is None else rows
+        before = full.movedim(dim, 0)[rows]
+        part = part.movedim(dim, 0)
+        assert part.isfinite().all() and torch.equal(before.where(before.isfinite(), part), part), name
+        full.movedim(dim, 0)[rows] = part
 
 
 class DenseLlama(nn.Module):
-    """transformers' LLaMA; and what a subnet holds of each of its parameters, case by case, from the names alone."""
+    """transformers' LLaMA; and what a subnet holds of each of its parameters, from the names alone."""
 
     def __init__(self, config):
         from transformers import LlamaConfig, LlamaForCausalLM
         super().__init__()
-        self.config, self.net = config, LlamaForCausalLM(LlamaConfig(**asdict(config), attn_implementation="eager")).float()
+        self.config = config
+        self.net = LlamaForCausalLM(LlamaConfig(**asdict(config), attn_implementation="eager")).float()
 
     def forward(self, x):
         return self.net(x).logits.transpose(1, 2)           # [B, V, T], as cross_entropy wants it
@@ -215,7 +232,8 @@ class DenseLlama(nn.Module):
         if "layers" not in name:
             return torch.ones(())
         layer = name.split(".")[2]
-        heads, units = masks[f"model.layers.{layer}.self_attn"][:, s], masks[f"model.layers.{layer}.mlp"][:, s]
+        heads = masks[f"model.layers.{layer}.self_attn"][:, s]
+        units = masks[f"model.layers.{layer}.mlp"][:, s]
         if "input_layernorm" in name:
             return heads.any()
         if "post_attention_layernorm" in name:
@@ -239,10 +257,11 @@ class DenseResNet(nn.Module):
         net = {"conv1": nn.Conv2d(3, planes, 3, 1, 1, bias=False), "bn1": norm(planes), "relu": nn.ReLU()}
         for i, wide in enumerate(config.widths):
             shortcut = nn.Sequential(nn.Conv2d(planes, wide, 1, 2, bias=False), norm(wide)) if i else None
-            net[f"layer{i + 1}"] = nn.Sequential(BasicBlock(planes, wide, 2 if i else 1, shortcut, norm_layer=norm),
-                                                 BasicBlock(wide, wide, norm_layer=norm))
+            first = BasicBlock(planes, wide, 2 if i else 1, shortcut, norm_layer=norm)
+            net[f"layer{i + 1}"] = nn.Sequential(first, BasicBlock(wide, wide, norm_layer=norm))
             planes = wide
-        self.net = nn.ModuleDict({**net, "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "fc": nn.Linear(planes, config.num_classes)})
+        net.update(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(planes, config.num_classes))
+        self.net = nn.ModuleDict(net)
 
     def forward(self, x):
         for module in self.net.values():
@@ -254,26 +273,32 @@ class DenseResNet(nn.Module):
         if block not in masks or "downsample" in name:
             return torch.ones(())
         mine = masks[block][:, s]
-        return {"conv1": mine[:, None, None, None], "bn1": mine, "conv2": mine[None, :, None, None], "bn2": mine.any()}[name.split(".")[2]]
+        held = {"conv1": mine[:, None, None, None], "bn1": mine,
+                "conv2": mine[None, :, None, None], "bn2": mine.any()}
+        return held[name.split(".")[2]]
 
 
 def dense_model(config):
     return DenseResNet(config) if family(config)[0] is resnet else DenseLlama(config)
 
 
-def dense_masked_model(config, masks, workers, backward, steps=20, accum=1, batches=None, clip=0.5, scale=1):
-    """The oracle: another library's model at full size; worker i sees weights times its 0/1 mask; gradients are
-    summed over workers and divided by counts.  Backward masking: all weights are seen, the masked ones without a
-    gradient.  scale: of a branch's output, that is, of the weights that make it."""
+def dense_masked_model(config, masks, workers, backward, accum=1, batches=None, scale=1):
+    """The oracle: another library's model at full size.
+
+    Worker i sees weights times its 0/1 mask; gradients are summed over workers and divided by counts.
+    Backward masking: all weights are seen, the masked ones without a gradient.  scale: of a branch's output,
+    that is, of the weights that make it.  -> losses [STEPS, workers], norms [STEPS], the model at the end
+    """
     batches, model, value = batches or batch_for(config), dense_model(config), first_value(config)
     names = [name.removeprefix("net.") for name, _ in model.named_parameters()]
     weights = {name: nn.Parameter(value(name)) for name in names}
     factor = {name: scale if "o_proj" in name or "down_proj" in name else 1 for name in names}
     subnets = next(iter(masks.values())).shape[1]
-    masked = [{name: torch.ones_like(w) * model.held(name, masks, s) for name, w in weights.items()} for s in range(subnets)]
+    masked = [{name: torch.ones_like(w) * model.held(name, masks, s) for name, w in weights.items()}
+              for s in range(subnets)]
     optimizer = optimizer_for(config, weights.values())
     losses, norms = [], []
-    for step in range(steps):
+    for step in range(STEPS):
         losses.append([])
         for worker in range(workers):
             m = masked[worker % subnets]
@@ -286,7 +311,7 @@ def dense_masked_model(config, masks, workers, backward, steps=20, accum=1, batc
                 losses[-1].append(loss.item())
         for name, w in weights.items():
             w.grad /= sum(masked[worker % subnets][name] for worker in range(workers))
-        norms.append(float(nn.utils.clip_grad_norm_(weights.values(), clip)))
+        norms.append(float(nn.utils.clip_grad_norm_(weights.values(), CLIP)))
         optimizer.step()
         optimizer.zero_grad()
     return np.array(losses), np.array(norms), {n: w.detach() for n, w in weights.items()}
@@ -303,7 +328,7 @@ def random_branches(rng, blocks):
 @pytest.mark.parametrize("level", ["block", "neuron"])
 def test_masks_have_exactly_k_holders_few_sets_and_one_component(level):
     rng = np.random.default_rng(0)
-    for trial in range(15):
+    for trial in range(6):
         subnets = int(rng.integers(1, 12))
         held, blocks = int(rng.integers(1, subnets + 1)), int(rng.integers(1, 15))
         branches = random_branches(rng, blocks)
@@ -314,7 +339,8 @@ def test_masks_have_exactly_k_holders_few_sets_and_one_component(level):
             assert mask.shape == (branches[name][1], subnets) and mask.dtype == torch.bool
             assert (mask.sum(1) == held).all()
             if level == "block":
-                assert all((m == mask[0]).all() for b, m in masks.items() if branches[b][0] == branches[name][0])
+                same = [m for branch, m in masks.items() if branches[branch][0] == branches[name][0]]
+                assert all((m == mask[0]).all() for m in same)
             else:                                           # holder sets get equal parts of every branch
                 sizes = mask.unique(dim=0, return_counts=True)[1]
                 assert sizes.max() - sizes.min() <= 1
@@ -323,8 +349,9 @@ def test_masks_have_exactly_k_holders_few_sets_and_one_component(level):
         items = blocks if level == "block" else sum(b[1] for b in branches.values())
         parts = components([set(np.flatnonzero(row)) for row in rows], subnets)
         assert parts == 1 or items * (held - 1) < subnets - 1, (trial, subnets, held, items)
-        again = make(branches, subnets, held, seed=trial)
-        assert all(torch.equal(masks[b], again[b]) for b in masks)
+        if trial == 0:                                      # no clock, no state: the same on every rank
+            again = make(branches, subnets, held, seed=trial)
+            assert all(torch.equal(masks[b], again[b]) for b in masks)
 
 
 def components(sets, subnets):
@@ -338,24 +365,6 @@ def components(sets, subnets):
         for i in others:
             parent[root(i)] = root(first)
     return len({root(i) for i in range(subnets)})
-
-
-@pytest.mark.parametrize("level", ["block", "neuron"])
-@pytest.mark.parametrize("blocks,subnets,held", [(4, 4, 3), (6, 4, 3), (6, 8, 5), (12, 8, 5), (18, 8, 6), (20, 8, 3), (8, 8, 3)])
-def test_equal_blocks_are_dealt_as_evenly_as_whole_numbers_allow(blocks, subnets, held, level):
-    branches = {str(b): (b, 4 * subnets, 1.0, 1.0) for b in range(blocks)}
-    masks = (sdp.block_masks if level == "block" else sdp.neuron_masks)(branches, subnets, held)
-    best = -(-blocks * held // subnets) / (blocks * held / subnets) if level == "block" else 1.0
-    assert sdp.loads(masks, branches).max() == pytest.approx(best)
-
-
-def test_neuron_masks_balance_branches_smaller_than_the_number_of_subnets():
-    branches = llama.branches(llama.LlamaConfig(num_hidden_layers=6, num_key_value_heads=2))
-    for held in range(1, 9):
-        masks = sdp.neuron_masks(branches, 8, held)
-        load = {b: np.outer(m.sum(0), branches[b][2:]) for b, m in masks.items()}  # [subnets, kinds]
-        head = np.array(branches["model.layers.0.self_attn"][2:]) / sum(load.values()).mean(0)
-        assert (sdp.loads(masks, branches).max(0) <= 1 + head + 1e-9).all()  # never a whole head over the mean
 
 
 def test_spectral_gap_of_known_masks():
@@ -375,75 +384,6 @@ def test_spectral_gap_of_known_masks():
     assert sdp.spectral_gap(*sdp.rows_of(sdp.block_masks(branches, 8, 3)))[0] > 0.66
 
 
-def best_balance(cost, subnets, held, restarts):
-    """Smallest largest load over the mean that a long search finds: for each pair of blocks, all pairs of holder sets."""
-    rng, sets = np.random.default_rng(0), itertools.combinations(range(subnets), held)
-    sets = np.array([[i in chosen for i in range(subnets)] for chosen in sets], float)  # [sets, subnets]
-    cost, best = cost / cost.sum(0) * subnets / held, np.inf
-    for _ in range(restarts):
-        pick, now, better = rng.integers(len(sets), size=len(cost)), np.inf, True
-        while better:
-            better = False
-            for a, b in rng.permutation(list(itertools.combinations(range(len(cost)), 2))):
-                others = sum(np.outer(sets[p], c) for i, (p, c) in enumerate(zip(pick, cost)) if i not in (a, b))
-                tops = (others + (sets[:, :, None] * cost[a])[:, None] + (sets[:, :, None] * cost[b])[None]).max((2, 3))
-                if tops.min() < now - 1e-12:
-                    now, better = tops.min(), True
-                    pick[a], pick[b] = np.unravel_index(tops.argmin(), tops.shape)
-        best = min(best, now)
-    return best
-
-
-@pytest.mark.parametrize("held", [3, 4, 5, 6])
-def test_loads_of_resnet18_are_balanced_within_5_percent_of_the_best(held):
-    branches = resnet.branches(resnet.PRESETS["resnet18"])  # 8 blocks, so 8 subnets allow each block its own set
-    best = best_balance(np.array([[n * x for x in loads] for _, n, *loads in branches.values()]), 8, held, 25)
-    for seed in range(3):
-        masks = sdp.block_masks(branches, 8, held, seed)
-        load = {name: np.outer(mask.sum(0), branches[name][2:]) for name, mask in masks.items()}
-        load = sum(load.values()) / sum(load.values()).mean(0)  # [subnets, (bytes, FLOPs, activations)]
-        assert load.max() <= 1.05 * best
-        assert sdp.loads(sdp.neuron_masks(branches, 8, held, seed), branches).max() < 1.001
-
-
-def test_masks_for_64_subnets_and_100_blocks_take_less_than_a_second():
-    branches = {str(b): (b, 1, 1.0, 1.0, 1.0) for b in range(100)}
-    seconds = []
-    for held in (20, 40, 48):
-        start = time.process_time()
-        sdp.block_masks(branches, 64, held)
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 1, seconds
-
-
-def test_bad_masks_are_refused_and_odd_ones_warned_of():
-    branches = llama.branches(TINY)
-    good = sdp.neuron_masks(branches, 4, 3)
-    assert sdp.check_masks(good, branches) == []
-    name = next(iter(good))
-    for bad, message in [(good[name].clone().fill_(False), "no subnet holds neuron 0"), (good[name][:-1], "wanted"),
-                         (good[name].float(), "wanted bool"), (good[name][:, :3], "wanted")]:
-        with pytest.raises(ValueError, match=message):
-            sdp.check_masks({**good, name: bad}, branches)
-    with pytest.raises(ValueError, match="not of this model"):
-        sdp.check_masks({b: m for b, m in good.items() if b != name}, branches)
-    uneven = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 1, 1]], dtype=torch.bool)
-    assert any("from 1 to 4 holders" in w for w in sdp.check_masks({**good, name: uneven}, branches))
-    assert any("process groups" in w for w in sdp.check_masks({**good, name: uneven}, branches))
-    assert any("separate groups" in w for w in sdp.check_masks(sdp.neuron_masks(branches, 4, 1), branches))
-    unheld = {**good, name: good[name].clone().fill_(False)}  # refused wherever masks come in
-    with pytest.raises(ValueError, match="no subnet holds neuron 0"):
-        make_sync(TINY, unheld, True, simulated=4)
-    for held in (0, 5):
-        with pytest.raises(ValueError, match="held must be"):
-            sdp.block_masks(branches, 4, held)
-
-
-def test_picture_shows_the_masks():
-    branches = {"a": (0, 2, 1.0), "b": (1, 2, 1.0)}
-    whole = torch.tensor([[True, False], [True, False]])
-    assert sdp.picture({"a": whole, "b": ~whole}, branches) == "  block 0  ██ ··\n  block 1  ·· ██"
-    assert sdp.picture({"a": whole, "b": torch.eye(2).bool()}, branches).splitlines()[1] == "  b        █· ·█"
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -456,49 +396,54 @@ def _worked_example():
     return sdp.naive_masked_average(grad, torch.tensor(mine, dtype=torch.bool)).tolist()
 
 
-def test_worked_example_at_the_top_of_sdp(run_on):
+def test_worked_example_at_the_top_of_sdp():
     assert run_on(2, _worked_example) == [[2, 5, 2, 8]] * 2
 
 
 ALL = [(level, masking) for level in ("block", "neuron") for masking in ("forward", "backward")]
-CASES = [  # subnets, held, workers, accumulation steps: all four combinations, then two that differ in both
-    *[(case, *both) for case in [(2, 1, 2, 1), (3, 2, 3, 2), (4, 3, 4, 1), (2, 1, 4, 2)] for both in ALL],
-    *[(case, *both) for case in [(1, 1, 1, 1), (2, 2, 2, 1), (3, 1, 6, 1)] for both in (ALL[0], ALL[3])],
-    *[(case, *both) for case in [(4, 1, 4, 1), (8, 5, 8, 1)] for both in (ALL[1], ALL[2])],
+EQUAL, CROSSED = [ALL[0], ALL[3]], [ALL[1], ALL[2]]         # two that differ in both
+CASES = [  # subnets, held, workers, accumulation steps: each case meets both levels and both maskings
+    *[(TINY, (4, 3, 4, 1), *both) for both in ALL],
+    *[(TINY, case, *both) for case in [(2, 1, 4, 2), (1, 1, 1, 1), (8, 5, 8, 1)] for both in EQUAL],
+    *[(TINY, case, *both) for case in [(3, 2, 3, 2), (3, 1, 6, 1), (4, 1, 4, 1), (2, 2, 2, 1)]
+      for both in CROSSED],
+    *[(TINY_RESNET, (3, 2, 3, 2), *both) for both in ALL],
+    *[(TINY_RESNET, case, *both) for case in [(2, 1, 4, 1), (1, 1, 1, 1)] for both in EQUAL],
+    *[(TINY_RESNET, case, *both) for case in [(4, 1, 4, 1), (8, 5, 8, 1)] for both in CROSSED],
 ]
 
 
-RESNET_CASES = [
-    *[((3, 2, 3, 2), *both) for both in ALL],
-    *[(case, *both) for case in [(2, 1, 4, 1), (1, 1, 1, 1)] for both in (ALL[0], ALL[3])],
-    *[(case, *both) for case in [(4, 1, 4, 1), (8, 5, 8, 1)] for both in (ALL[1], ALL[2])],
-]
+def name_of(value):
+    if isinstance(value, tuple):
+        return "-".join(map(str, value))
+    return value if isinstance(value, str) else family(value)[1].__name__
 
 
-@pytest.mark.parametrize("config,case,level,masking", [(TINY, *c) for c in CASES] + [(TINY_RESNET, *c) for c in RESNET_CASES],
-                         ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v)) if isinstance(v, tuple) else
-                         family(v)[1].__name__)
-def test_distributed_equals_simulated_equals_dense_masked_model(run_on, config, case, level, masking):
+@pytest.mark.parametrize("config,case,level,masking", CASES, ids=name_of)
+def test_distributed_equals_simulated_equals_dense_masked_model(config, case, level, masking):
     subnets, held, workers, accum = case
     masks, backward = masks_for(config, subnets, held, level), masking == "backward"
-    ranks = run_on(workers, functools.partial(train_steps, accum=accum, bucket_bytes=10000), config, masks, backward)
+    distributed = functools.partial(train_steps, accum=accum, bucket_bytes=10000)
+    ranks = run_on(workers, distributed, config, masks, backward)
     losses = np.concatenate([r[0] for r in ranks], axis=1)
+    norms, weights = ranks[0][1:3]
     simulated = train_steps(config, masks, backward, workers, accum=accum)
     dense = dense_masked_model(config, masks, workers, backward, accum=accum)
-    assert dense[1].min() > 0.5                             # clipping was at work in every step
+    assert dense[1].min() > CLIP                            # clipping was at work in every step
+    atol = 1e-4 if config is TINY else 1e-8                 # Adam makes much of rounding in small gradients
     for other in (simulated, dense):
-        np.testing.assert_allclose(losses, other[0], rtol=1e-5)
-        np.testing.assert_allclose(ranks[0][1], other[1], rtol=1e-4)
+        np.testing.assert_allclose(losses, other[0], rtol=5e-6)
+        np.testing.assert_allclose(norms, other[1], rtol=5e-6)
         for name, w in other[2].items():
-            torch.testing.assert_close(ranks[0][2][name], w, rtol=0, atol=2e-4 if config is TINY else 1e-6, msg=name)
-    for rank in ranks:                                      # the same full model and norms, bit for bit
-        assert (rank[1] == ranks[0][1]).all() and all(torch.equal(w, ranks[0][2][n]) for n, w in rank[2].items())
-    first, start = ranks[0][2], first_value(config)
-    assert max((first[n] - start(n)).abs().max() for n in first) > 0.02  # and it did train
+            torch.testing.assert_close(weights[name], w, rtol=0, atol=atol, msg=name)
+    for rank in ranks:                                      # the same norms and full model, bit for bit
+        assert (rank[1] == norms).all() and all(torch.equal(w, weights[name]) for name, w in rank[2].items())
+    start = first_value(config)
+    assert max((w - start(name)).abs().max() for name, w in weights.items()) > 0.01  # it did train
 
 
-def _ddp_losses(config, steps):
-    """torch's DistributedDataParallel on another library's model, the same batches and optimizer; bytes from its buckets."""
+def _ddp_losses(config):
+    """torch's DistributedDataParallel, another library's model, the same batches; bytes from its buckets."""
     model, value, sent = dense_model(config), first_value(config), [0]
     model.to(value(next(iter(family(config)[0].layout(config)))).dtype)
     model.net.load_state_dict({name: value(name) for name in model.net.state_dict()})
@@ -510,37 +455,36 @@ def _ddp_losses(config, steps):
         return work.then(lambda f: f.value()[0])
     ddp.register_comm_hook(None, hook)
     optimizer, losses = optimizer_for(config, model.parameters()), []
-    for step in range(steps):
+    for step in range(STEPS):
         x, y = batch_for(config)(step, dist.get_rank())
         loss = nn.functional.cross_entropy(ddp(x), y)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, sent[0] / steps
+    return losses, sent[0] / STEPS
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_RESNET], ids=["Llama", "ResNet"])
-@pytest.mark.parametrize("masking", ["forward", "backward"])
-def test_coverage_1_is_torch_ddp_with_the_same_bytes(run_on, config, masking):
-    ddp = run_on(4, _ddp_losses, config, 20)
-    for level in ("block", "neuron"):
+@pytest.mark.parametrize("config", [TINY, TINY_RESNET], ids=name_of)
+def test_coverage_1_is_torch_ddp_with_the_same_bytes(config):
+    ddp = run_on(4, _ddp_losses, config)
+    wanted = np.array([r[0] for r in ddp]).T
+    for level, masking in EQUAL:
         ours = run_on(4, train_steps, config, masks_for(config, 4, 4, level), masking == "backward")
-        np.testing.assert_allclose(np.concatenate([r[0] for r in ours], 1), np.array([r[0] for r in ddp]).T, rtol=1e-5)
+        np.testing.assert_allclose(np.concatenate([r[0] for r in ours], axis=1), wanted, rtol=1e-5)
         assert [r[3] for r in ours] == [pytest.approx(r[1], rel=1e-12) for r in ddp]
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_RESNET], ids=["Llama", "ResNet"])
-@pytest.mark.parametrize("level", ["block", "neuron"])
-def test_backward_masking_on_one_batch_is_unmasked_training_whatever_the_masks(run_on, config, level):
+@pytest.mark.parametrize("config", [TINY, TINY_RESNET], ids=name_of)
+def test_backward_masking_on_one_batch_is_unmasked_training_whatever_the_masks(config):
     same = functools.partial(_same_batch, config)
-    whole = dense_masked_model(config, masks_for(config, 1, 1, level), 1, False, batches=same)
-    for subnets, held in (4, 1), (4, 3), (3, 2):
-        ranks = run_on(subnets, functools.partial(train_steps, batches=same), config, masks_for(config, subnets, held, level), True)
-        for rank in ranks:
-            np.testing.assert_allclose(rank[0], whole[0], rtol=1e-5)
-            np.testing.assert_allclose(rank[1], whole[1], rtol=1e-4)  # the full gradient's norm, before clipping
+    whole = dense_masked_model(config, masks_for(config, 1, 1, "block"), 1, False, batches=same)
+    for subnets, held, level in (4, 3, "block"), (4, 1, "neuron"), (3, 2, "neuron"):
+        masks = masks_for(config, subnets, held, level)
+        for rank in run_on(subnets, functools.partial(train_steps, batches=same), config, masks, True):
+            np.testing.assert_allclose(rank[0], whole[0], rtol=5e-6)
+            np.testing.assert_allclose(rank[1], whole[1], rtol=5e-6)  # the full gradient's, before clipping
 
 
 def _same_batch(config, step, worker):
@@ -548,7 +492,7 @@ def _same_batch(config, step, worker):
 
 
 def odd_masks(config=TINY):
-    """A user's own masks: unequal holders, more sets than subnets, a worker with nothing of a branch, or of any block."""
+    """A user's own: unequal holders, more sets than subnets, a worker with nothing of a branch, or of all."""
     rng = np.random.default_rng(5)
     masks = {name: torch.from_numpy(rng.random((neurons, 4)) < 0.5)
              for name, (_, neurons, *_) in family(config)[0].branches(config).items()}
@@ -559,11 +503,12 @@ def odd_masks(config=TINY):
     return masks
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_RESNET], ids=["Llama", "ResNet"])
+@pytest.mark.parametrize("config", [TINY, TINY_RESNET], ids=name_of)
 @pytest.mark.parametrize("masking", ["forward", "backward"])
-def test_masks_of_the_users_own_are_exact_too(run_on, config, masking):
+def test_masks_of_the_users_own_are_exact_too(config, masking):
     masks, backward = odd_masks(config), masking == "backward"
-    assert len(sdp.check_masks(masks, family(config)[0].branches(config))) == 3  # uneven, many groups, worker 3 apart
+    warnings = sdp.check_masks(masks, family(config)[0].branches(config))
+    assert len(warnings) == 3                               # uneven, many groups, worker 3 apart
     ranks = run_on(4, train_steps, config, masks, backward)
     dense = dense_masked_model(config, masks, 4, backward)
     np.testing.assert_allclose(np.concatenate([r[0] for r in ranks], 1), dense[0], rtol=1e-5)
@@ -589,7 +534,7 @@ def _gradients(kind, masks, backward, options):
 
 
 def _naive_gradients(masks, backward):
-    """The first update's gradients by naive_masked_average, from this worker's own gradients pasted into zeros."""
+    """The first update's gradients by naive_masked_average, of this worker's gradients pasted into zeros."""
     rank, layout = dist.get_rank(), llama.layout(TINY)
     module = subnetwork(TINY, masks, rank, backward)
     sdp.materialize(module, masks, layout, rank, first_value(TINY))
@@ -614,9 +559,8 @@ def _naive_gradients(masks, backward):
     return out
 
 
-@pytest.mark.parametrize("masking", ["forward", "backward"])
-@pytest.mark.parametrize("level", ["block", "neuron", "odd"])
-def test_each_stage_has_the_gradients_of_the_one_before(run_on, level, masking):
+@pytest.mark.parametrize("level,masking", [*EQUAL, ("odd", "forward"), ("odd", "backward")])
+def test_each_stage_has_the_gradients_of_the_one_before(level, masking):
     masks = odd_masks() if level == "odd" else masks_for(TINY, 4, 3, level)
     backward = masking == "backward"
     simulation = make_sync(TINY, masks, backward, simulated=4)
@@ -635,7 +579,7 @@ def test_each_stage_has_the_gradients_of_the_one_before(run_on, level, masking):
                 torch.testing.assert_close(grads[step][name], plain[step][name], rtol=0, atol=1e-6)
 
 
-def test_bf16_messages_have_half_the_bytes_and_replicas_stay_identical(run_on):
+def test_bf16_messages_have_half_the_bytes_and_replicas_stay_identical():
     for level, backward in ("block", False), ("neuron", True):
         masks = masks_for(TINY, 4, 3, level)
         wide, sent = run_on(4, _gradients, sdp.SubnetDataParallel, masks, backward, {})[0]
@@ -650,18 +594,18 @@ def test_bf16_messages_have_half_the_bytes_and_replicas_stay_identical(run_on):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_the_compiled_path_is_the_eager_one_to_rounding(run_on):
+def test_the_compiled_path_is_the_eager_one_to_rounding():
     masks = masks_for(TINY, 2, 1, "neuron")
-    for dtype, bound in (None, 1e-6), (torch.bfloat16, 1e-3):
-        eager, compiled = (run_on(2, _gradients, sdp.SubnetDataParallel, masks, True,
-                                  {"bucket_bytes": 4000, "reduce_dtype": dtype, "compile": on})[0][0] for on in (False, True))
-        for step in range(2):
-            for name, grad in eager[step].items():
-                torch.testing.assert_close(compiled[step][name], grad, rtol=0, atol=bound)
+    options = {"bucket_bytes": 4000, "reduce_dtype": torch.bfloat16}
+    eager = run_on(2, _gradients, sdp.SubnetDataParallel, masks, True, options)[0][0]
+    compiled = run_on(2, _gradients, sdp.SubnetDataParallel, masks, True, {**options, "compile": True})[0][0]
+    for step in range(2):
+        for name, grad in eager[step].items():
+            torch.testing.assert_close(compiled[step][name], grad, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("level", ["block", "neuron"])
-def test_the_scaling_rule_is_exact_and_its_mean_is_the_full_branch(run_on, level):
+def test_the_scaling_rule_is_exact_and_its_mean_is_the_full_branch(level):
     for n_subnets, held in (4, 3), (3, 1), (8, 5):
         masks = masks_for(TINY, n_subnets, held, level)
         scales = [sdp.branch_scales(masks, s) for s in range(n_subnets)]
@@ -669,10 +613,10 @@ def test_the_scaling_rule_is_exact_and_its_mean_is_the_full_branch(run_on, level
             total = sum(mask[:, s] * scales[s][branch] for s in range(n_subnets))
             torch.testing.assert_close(total, torch.full_like(total, n_subnets))
     masks = masks_for(TINY, 4, 3, level)
-    ranks = run_on(4, functools.partial(train_steps, scaled=True, steps=8), TINY, masks, False)
-    simulated = train_steps(TINY, masks, False, 4, scaled=True, steps=8)
-    dense = dense_masked_model(TINY, masks, 4, False, steps=8, scale=4 / 3)
-    plain = train_steps(TINY, masks, False, 4, steps=8)
+    ranks = run_on(4, functools.partial(train_steps, scaled=True), TINY, masks, False)
+    simulated = train_steps(TINY, masks, False, 4, scaled=True)
+    dense = dense_masked_model(TINY, masks, 4, False, scale=4 / 3)
+    plain = train_steps(TINY, masks, False, 4)
     losses = np.concatenate([r[0] for r in ranks], axis=1)
     np.testing.assert_allclose(losses, simulated[0], rtol=1e-5)
     np.testing.assert_allclose(losses, dense[0], rtol=1e-5)
@@ -696,12 +640,17 @@ def _any_optimizer(masks, make, dtype):
     return True
 
 
-def test_replicas_stay_identical_under_any_optimizer(run_on):
-    """Even under those whose kernels round by position, or which look at a whole tensor: they step on runs."""
-    makers = [functools.partial(torch.optim.AdamW, lr=1e-2, fused=True), functools.partial(torch.optim.Adafactor, lr=1e-2),
-              functools.partial(torch.optim.RMSprop, lr=1e-3), functools.partial(torch.optim.SGD, lr=0.1)]
-    for make, dtype in [(make, torch.float32) for make in makers] + [(makers[3], torch.bfloat16), (makers[2], torch.bfloat16)]:
-        assert all(run_on(4, _any_optimizer, masks_for(TINY, 4, 3, "neuron"), make, dtype))
+def test_replicas_stay_identical_under_any_optimizer():
+    """Even under those whose kernels round by position, or which look at a whole tensor: all step on runs."""
+    adam = functools.partial(torch.optim.AdamW, lr=1e-2, fused=True)
+    adafactor = functools.partial(torch.optim.Adafactor, lr=1e-2)
+    rmsprop = functools.partial(torch.optim.RMSprop, lr=1e-3)
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    masks = masks_for(TINY, 4, 3, "neuron")
+    for make in adam, adafactor, rmsprop, sgd:
+        assert all(run_on(4, _any_optimizer, masks, make, torch.float32))
+    for make in sgd, rmsprop:
+        assert all(run_on(4, _any_optimizer, masks, make, torch.bfloat16))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -710,7 +659,7 @@ def test_replicas_stay_identical_under_any_optimizer(run_on):
 
 @contextmanager
 def alone(rank=0, world=2):
-    """This process is one of `world` workers; torch's fake process group takes every message and brings none."""
+    """This process is one of `world` workers; torch's fake process group takes messages and brings none."""
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     real = dist.all_to_all_single
 
@@ -726,270 +675,33 @@ def alone(rank=0, world=2):
         dist.destroy_process_group()
 
 
-class Branch(nn.Module):
-    def __init__(self, n, bias=False):
-        super().__init__()
-        self.up = nn.Linear(4, n, bias=False)
-        self.down = nn.Linear(n, 4, bias=bias)
-
-
-class Net(nn.Module):
-    """x + inside(x), between an embedding and a head that may be tied."""
-    def __init__(self, n, tied=False, bias=False, rest=0):
-        super().__init__()
-        self.embed = nn.Linear(4, 4, bias=False)
-        self.inside = Branch(n)
-        if rest:
-            self.inside.rest = Branch(rest, bias)
-        self.head = nn.Linear(4, 4, bias=False)
-        self.scale = nn.Parameter(torch.ones(()))           # a parameter without dimensions
-        if tied:
-            self.head.weight = self.embed.weight
-
-    def forward(self, x):
-        x = self.embed(x)
-        return self.head(x + self.inside.down(self.inside.up(x))) * self.scale
-
-
-NET = {"embed.weight": (None, None, torch.Size([4, 4])), "inside.up.weight": ("inside", 0, torch.Size([6, 4])),
-       "inside.down.weight": ("inside", 1, torch.Size([4, 6])), "head.weight": (None, None, torch.Size([4, 4])),
-       "scale": (None, None, torch.Size([]))}
-NET_MASKS = {"inside": torch.tensor([[1, 0], [0, 1], [1, 0], [0, 1], [0, 1], [1, 1]], dtype=torch.bool)}
-
-
-def net_value(name):
-    return torch.ones(NET[name][2])
-
-
-def wrapped(module, masks=NET_MASKS, layout=NET, **options):
-    return sdp.SubnetDataParallel(sdp.materialize(module, masks, layout, 0, net_value), masks, layout, **options)
-
-
-def without(name):
-    return {key: entry for key, entry in NET.items() if key != name}
-
-
-@pytest.mark.parametrize("make,layout,message", [
-    (lambda: Net(3), without("head.weight"), "head.weight is not in the layout"),
-    (lambda: Net(4), NET, r"inside.up.weight has shape \[4, 4\], but by the masks \[3, 4\]"),
-    (lambda: Net(3, tied=True), NET, "holds head.weight, but the module does not have it"),
-    (lambda: Net(3, rest=3, bias=True), {**NET, "inside.down.bias": ("inside", None, torch.Size([4]))}, "would add it again"),
-    (lambda: nn.Sequential(nn.BatchNorm1d(4)), {"0.weight": (None, None, torch.Size([4])),
-                                                "0.bias": (None, None, torch.Size([4]))}, "buffer .* nobody averages"),
-])
-def test_a_model_that_would_be_trained_wrongly_is_refused(make, layout, message):
-    with alone(), pytest.raises(ValueError, match=message):
-        sdp.MaskedAllReduce(make(), NET_MASKS, layout)
-
-
-def test_tied_parameters_work_if_they_are_shared_and_are_refused_in_a_branch():
-    with alone():
-        net = Net(3, tied=True)
-        sync = wrapped(net, layout=without("head.weight"))
-        assert net.head.weight is net.embed.weight and net.embed.weight is sync.params["embed.weight"]
-        net(torch.ones(2, 4)).sum().backward()
-        both = net.embed.weight.grad
-        assert both is None                                 # it left with its bucket, once
-        sync.finish()
-        assert len([run for run in sync.runs if run.name == "embed.weight"]) == 1
-        albert = nn.Module()
-        albert.a, albert.b = Branch(3), Branch(3)
-        albert.b.up.weight = albert.a.up.weight
-        layout = {f"{branch}.{name}": (branch, dim, torch.Size(shape)) for branch in "ab"
-                  for name, dim, shape in (("up.weight", 0, [6, 4]), ("down.weight", 1, [4, 6])) if (branch, dim) != ("b", 0)}
-        with pytest.raises(ValueError, match="tied in a branch"):
-            sdp.slots(albert, {"a": NET_MASKS["inside"], "b": NET_MASKS["inside"]}, layout, 0)
-
-
-def test_wrong_use_is_refused():
-    x = torch.ones(2, 4)
-    with alone():
-        sync = wrapped(Net(3))
-        with pytest.raises(ValueError, match="wrapped already"):
-            sdp.SubnetDataParallel(sync.module, NET_MASKS, NET)
-        with pytest.raises(RuntimeError, match="call finish"):
-            sync.clip_grad_norm(1.0)
-        sync.module(x).sum().backward()
-        with pytest.raises(RuntimeError, match="put all but the last under no_sync"):
-            sync.module(x).sum().backward()
-        sync.reset()
-        sync.module.head.weight.requires_grad_(False)
-        sync.module(x).sum().backward()
-        with pytest.raises(RuntimeError, match="head.weight was frozen after it was wrapped"):
-            sync.finish()
-        with sync.no_sync(), pytest.raises(RuntimeError, match="inside no_sync"):
-            sync.finish()
-        for module, backward in (Net(3), True), (Net(3, rest=3), False):
-            with pytest.raises(ValueError, match="must be in the module"):
-                wrapped(module, backward=backward)
-        frozen = sdp.materialize(Net(3), NET_MASKS, NET, 0, net_value)
-        frozen.head.weight.requires_grad_(False)
-        with pytest.raises(ValueError, match="head.weight has requires_grad=False"):
-            sdp.SubnetDataParallel(frozen, NET_MASKS, NET)
-    with alone(world=3), pytest.raises(ValueError, match="2 subnets do not divide the number of workers, 3"):
-        wrapped(Net(3))
-    with pytest.raises(ValueError, match="4 subnets do not divide the number of workers, 6"):
-        make_sync(TINY, masks_for(TINY, 4, 3, "block"), False, simulated=6)
-
-
-def test_after_an_exception_in_backward_reset_starts_afresh():
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            raise ArithmeticError
-    x = torch.ones(2, 4)
-    with alone():
-        grads = []
-        for fails in False, True:
-            sync = wrapped(Net(3))
-            if fails:
-                hook = sync.module.embed.register_forward_hook(lambda module, inputs, output: Fails.apply(output))
-                with pytest.raises(ArithmeticError):
-                    sync.module(x).sum().backward()
-                hook.remove()
-                sync.reset()
-            sync.module(x).sum().backward()
-            sync.finish()
-            grads.append(gathered(sync, [run.param.grad for run in sync.runs]))
-            sync._hooks = []
-        assert all(torch.equal(grad, grads[1][name]) for name, grad in grads[0].items())
-
-
-def test_gather_takes_states_of_another_dtype_and_parameters_without_dimensions(run_on):
-    for full in run_on(2, _gathered_states):
-        assert full["scale"].shape == () and all(t.dtype == torch.float64 for t in full.values())
-        assert all(torch.equal(t, torch.full_like(t, 7)) for t in full.values())
-
-
-def _gathered_states():
-    rank = dist.get_rank()
-    sync = sdp.MaskedAllReduce(sdp.materialize(Net(int(NET_MASKS["inside"][:, rank].sum())), NET_MASKS, NET, rank, net_value),
-                               NET_MASKS, NET)
-    full = gathered(sync, [torch.full_like(run.param, 7, dtype=torch.float64) for run in sync.runs])
-    for run in sync.runs:                                   # cut is the way back
-        assert torch.equal(sync.part_of(full[run.name], run), torch.full_like(run.param, 7, dtype=torch.float64))
-    return full
-
-
-def test_close_ends_groups_and_hooks_so_that_masks_can_be_redrawn(run_on):
-    for before, between, after, grad in run_on(4, _opened_and_closed, masks_for(TINY, 4, 3, "neuron")):
-        assert before == after == 1 < between and grad
-
-
-def _opened_and_closed(masks):
-    groups = [len(dist.distributed_c10d._world.pg_map)]
-    sync = make_sync(TINY, masks, True)
-    groups.append(len(dist.distributed_c10d._world.pg_map))
-    sync.close()
-    groups.append(len(dist.distributed_c10d._world.pg_map))
-    x, y = tokens_for(0, 0)
-    llama.loss(sync.module(x), y).backward()                # nobody takes the gradient away any more
-    again = sdp.SubnetDataParallel(sync.module, masks, sync.layout, True)
-    again.close()
-    return (*groups, sync.module.lm_head.weight.grad is not None)
-
-def _own_mlp(held, masks):
-    """SDP on a model this project has never seen, used as the docstring says; two optimizers take turns."""
-    class Net(nn.Module):
-        def __init__(self, n):
-            super().__init__()
-            self.inside, self.stem, self.head = nn.Module(), nn.Linear(3, 4), nn.Linear(4, 2)
-            self.inside.up, self.inside.down = nn.Linear(4, n), nn.Linear(n, 4, bias=False)
-
-        def forward(self, x):
-            x = self.stem(x)
-            return self.head(x + self.inside.down(self.inside.up(x).relu()))
-    layout = {"stem.weight": (None, None, torch.Size([4, 3])), "stem.bias": (None, None, torch.Size([4])),
-              "inside.up.weight": ("inside", 0, torch.Size([6, 4])), "inside.up.bias": ("inside", 0, torch.Size([6])),
-              "inside.down.weight": ("inside", 1, torch.Size([4, 6])),
-              "head.weight": (None, None, torch.Size([2, 4])), "head.bias": (None, None, torch.Size([2]))}
-    value = sdp.fresh(layout, lambda name, t, g: t.normal_(generator=g), 0)
-    rank = dist.get_rank()
-    with torch.device("meta"):
-        net = Net(held[rank])
-    sync = sdp.SubnetDataParallel(sdp.materialize(net, masks, layout, rank, value), masks, layout)
-    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(rank))
-    net.zero_grad()                                         # plain zero_grad between backward and backward
-    net(x).square().mean().backward()
-    sync.finish()
-    full = gathered(sync, [run.param.grad for run in sync.runs])
-    # The formula, with full-size tensors and nothing from sdp
-    mine = masks["inside"][:, rank]
-    w = {n: value(n).requires_grad_() for n in layout}
-    h = x @ w["stem.weight"].T + w["stem.bias"]
-    u = ((h @ w["inside.up.weight"].T + w["inside.up.bias"]) * mine).relu()
-    ((h + u @ w["inside.down.weight"].T) @ w["head.weight"].T + w["head.bias"]).square().mean().backward()
-    count = masks["inside"].sum(1)
-    for n, p in w.items():
-        dist.all_reduce(p.grad)
-        p.grad /= {0: dist.get_world_size(), 1: count[:, None] if "up.w" in n else count}["inside" in n]
-        torch.testing.assert_close(full[n], p.grad, rtol=1e-5, atol=1e-6)
-    return True
-
-
-def test_a_model_of_the_users_own(run_on):
-    masks = {"inside": torch.tensor([[1, 0, 0], [0, 1, 1], [1, 1, 0], [1, 1, 1], [0, 0, 1], [1, 0, 1]], dtype=torch.bool)}
-    assert all(run_on(3, _own_mlp, sdp_counts := masks["inside"].sum(0).tolist(), masks)), sdp_counts
-
-
-def _block_that_is_never_called(masks, arrive):
-    """Backward masking of a model in which `inside` is a mere container, so that no hook of it can wait for frozen weights."""
-    class Net(nn.Module):
-        def __init__(self, n):
-            super().__init__()
-            self.inside, self.inside.rest = nn.Module(), nn.Module()
-            for part, n in (self.inside, n), (self.inside.rest, 6 - n):
-                part.up, part.down = nn.Linear(4, n, bias=False), nn.Linear(n, 4, bias=False)
-
-        def forward(self, x):
-            return x + sum(part.down(part.up(x)) for part in (self.inside, self.inside.rest))
-    layout = {"inside.up.weight": ("inside", 0, torch.Size([6, 4])), "inside.down.weight": ("inside", 1, torch.Size([4, 6]))}
-    rank = dist.get_rank()
-    with torch.device("meta"):
-        net = Net(int(masks["inside"][:, rank].sum()))
-    sdp.materialize(net, masks, layout, rank, sdp.fresh(layout, lambda name, t, g: t.normal_(generator=g), 0))
-    sync = sdp.SubnetDataParallel(net, masks, layout, backward=True)
-    optimizer = torch.optim.SGD([run.param for run in sync.runs], lr=0.1)
-    for step in range(2):
-        if arrive:
-            sync.arrive()
-        net(torch.randn(5, 4, generator=torch.Generator().manual_seed(rank))).square().mean().backward()
-        try:
-            sync.finish()
-        except RuntimeError as e:
-            return step, str(e)
-        optimizer.step()
-        optimizer.zero_grad()
-        sync.refresh()
-    sync.arrive()
-    for full, weight in sync.gather():
-        local = full.replace("inside.", "inside.rest.")
-        assert torch.equal(net.get_parameter(local), sdp.cut(weight, sync.slots[local]))
-
-
-def test_frozen_weights_are_never_used_before_they_have_arrived(run_on):
-    masks = {"inside": torch.tensor([[1, 0], [0, 1], [1, 0], [0, 1], [0, 1], [1, 1]], dtype=torch.bool)}
-    for step, message in run_on(2, _block_that_is_never_called, masks, False):
-        assert step == 1 and "were used before they had arrived" in message
-    assert run_on(2, _block_that_is_never_called, masks, True) == [None, None]
 
 
 def _messages_of_a_refresh_before_and_after_the_forward_pass(masks):
     sync, (x, y) = make_sync(TINY, masks, True), tokens_for(0, 0)
     llama.loss(sync.run(0, x), y).backward()
     sync.finish()
+    messages, real = [], dist.all_to_all_single
+
+    def all_to_all(*args, **options):
+        messages.extend(weakref.ref(tensor) for tensor in args[:2])
+        return real(*args, **options)
+
+    def alive():
+        return sum(ref() is not None for ref in messages)
+    dist.all_to_all_single = all_to_all
     sync.refresh()
-    before = len(sync._coming)
+    dist.all_to_all_single = real
+    before = alive()
     sync.run(0, x)
-    return before, len(sync._coming)
+    end = time.monotonic() + 5
+    while alive() and time.monotonic() < end:               # gloo's own thread lets go a little later
+        time.sleep(0.01)
+    return before, alive()
 
 
-def test_after_the_forward_pass_nothing_of_a_refresh_is_in_memory(run_on):
-    masks = masks_for(TINY, 4, 3, "block")                  # 3 blocks: one worker holds all of them, and waits for none
+def test_after_the_forward_pass_nothing_of_a_refresh_is_in_memory():
+    masks = masks_for(TINY, 4, 3, "block")                  # of 3 blocks: one worker holds them all
     assert any(all(sdp.held_counts(masks, s).values()) for s in range(4))
     counts = run_on(4, _messages_of_a_refresh_before_and_after_the_forward_pass, masks)
     assert sum(before for before, _ in counts) > 0 and all(after == 0 for _, after in counts), counts
@@ -999,8 +711,9 @@ def test_after_the_forward_pass_nothing_of_a_refresh_is_in_memory(run_on):
 # Real savings
 # -----------------------------------------------------------------------------------------------------------
 
-BIG = llama.LlamaConfig(vocab_size=50, hidden_size=80, intermediate_size=112, num_hidden_layers=4, num_attention_heads=8,
-                        num_key_value_heads=4, max_position_embeddings=32)
+BIG = llama.LlamaConfig(vocab_size=50, hidden_size=80, intermediate_size=112, num_hidden_layers=4,
+                        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=32)
+BIG_RESNET = resnet.ResNetConfig(num_classes=5, image_size=16, widths=(12, 20, 28, 36))
 
 
 class SizesCreated(TorchDispatchMode):
@@ -1015,9 +728,6 @@ class SizesCreated(TorchDispatchMode):
             if isinstance(t, torch.Tensor):
                 self.shapes.add(tuple(t.shape))
         return out
-
-
-BIG_RESNET = resnet.ResNetConfig(num_classes=5, image_size=16, widths=(12, 20, 28, 36))
 
 
 def saved_bytes(module, loss_of, x, y):
@@ -1053,9 +763,9 @@ def _sizes(config, masks, backward):
     return params, grads, state, created.shapes, saved_bytes(sync.module, loss_of, x, y)
 
 
-@pytest.mark.parametrize("config", [BIG, BIG_RESNET], ids=["Llama", "ResNet"])
+@pytest.mark.parametrize("config", [BIG, BIG_RESNET], ids=name_of)
 @pytest.mark.parametrize("level", ["block", "neuron"])
-def test_a_worker_has_its_subnetwork_s_size(run_on, config, level):
+def test_a_worker_has_its_subnetwork_s_size(config, level):
     kind, Model = family(config)
     masks, layout, branches = masks_for(config, 4, 3, level), kind.layout(config), kind.branches(config)
     full = sum(shape.numel() for _, _, shape in layout.values())
@@ -1071,34 +781,38 @@ def test_a_worker_has_its_subnetwork_s_size(run_on, config, level):
     def held(s):                                            # by the masks alone
         total = 0
         for branch, dim, shape in layout.values():
-            part = 1.0 if branch is None else masks[branch][:, s].float().mean() if dim is not None else masks[branch][:, s].any()
+            part = torch.ones(())
+            if branch is not None:
+                part = masks[branch][:, s].float().mean() if dim is not None else masks[branch][:, s].any()
             total += round(shape.numel() * float(part))
         return total
 
+    whole_branches = {tuple(shape) for _, dim, shape in layout.values() if dim is not None and len(shape) > 1}
     for s, (params, grads, state, created, saved) in enumerate(run_on(4, _sizes, config, masks, False)):
         assert params == grads == held(s) and state == 2 * held(s)
-        branch_shapes = {tuple(shape) for branch, dim, shape in layout.values() if dim is not None and len(shape) > 1}
         if level == "neuron":                               # nothing of a full branch parameter's size, ever
-            assert not branch_shapes & created
+            assert not created & whole_branches
         assert saved == saved_by(sdp.held_counts(masks, s)) < all_saved  # the residual stream stays whole
     for s, (params, grads, state, created, saved) in enumerate(run_on(4, _sizes, config, masks, True)):
         assert params == full and grads == held(s) and state == 2 * held(s)
-        if kind is llama:     # no input is saved for a frozen weight: down_proj's, [B, T, units], is needed for nothing else
+        if kind is llama:                                   # no input is saved for frozen weights
             frozen = sum(int((~masks[f"model.layers.{i}.mlp"][:, s]).sum()) for i in range(4))
             assert saved <= all_saved - frozen * x.numel() * 4
-        else:                 # nor for a frozen convolution: conv2's is [B, n, side, side].  held + rest may cost a sum
-            frozen = sum(int((~masks[name][:, s]).sum()) * side ** 2 for name, (_, _, _, side) in resnet.blocks(config).items())
-            assert saved <= all_saved - frozen * len(x) * 8 + 8 * 2 * 2 * sum(n for _, n, *_ in branches.values())
+        else:                                               # nor for frozen convolutions: conv2's
+            sides = {name: side for name, (_, _, _, side) in resnet.blocks(config).items()}
+            frozen = sum(int((~masks[name][:, s]).sum()) * side ** 2 for name, side in sides.items())
+            sums = 8 * 2 * 2 * sum(neurons for _, neurons, *_ in branches.values())  # of held + rest
+            assert saved <= all_saved - frozen * len(x) * 8 + sums
 
 # -----------------------------------------------------------------------------------------------------------
 # Synchronisation: order, bytes, overlap, kernels
 # -----------------------------------------------------------------------------------------------------------
 
 def replay(masks, backward, rank, workers, bucket_bytes, monkeypatch, config=TINY, updates=1):
-    """Updates of one rank on the fake process group: accumulation, clipping, a skipped update, a gather between.
+    """Updates of one rank on the fake process group: accumulation, clipping, a skipped update, a gather.
 
-    -> its collectives [(ranks, kind, numbers)], its sync, the number of groups.  Of an all-to-all the kind says who sends
-    how much to whom.
+    -> its collectives [(ranks, kind, numbers)], its sync, the number of groups.  Of an all-to-all the numbers
+    say how much is sent to whom and comes from whom.
     """
     calls, everyone, groups = [], tuple(range(workers)), [dist.group.WORLD]
 
@@ -1136,11 +850,13 @@ def replay(masks, backward, rank, workers, bucket_bytes, monkeypatch, config=TIN
 
 
 @pytest.mark.parametrize("masking", ["forward", "backward"])
-@pytest.mark.parametrize("subnets,held,workers,level", [(4, 3, 4, "neuron"), (8, 5, 16, "block"), (8, 3, 64, "neuron"),
-                                                        (0, 0, 4, "odd")])
-def test_every_pair_of_ranks_agrees_on_two_updates_of_collectives(subnets, held, workers, level, masking, monkeypatch):
+@pytest.mark.parametrize("subnets,held,workers,level", [
+    (4, 3, 4, "neuron"), (8, 5, 16, "block"), (8, 3, 24, "neuron"), (0, 0, 4, "odd")])
+def test_every_pair_of_ranks_agrees_on_two_updates_of_collectives(
+        subnets, held, workers, level, masking, monkeypatch):
     masks = masks_for(TINY, subnets, held, level) if subnets else odd_masks()
-    runs = [replay(masks, masking == "backward", rank, workers, 3000, monkeypatch, updates=2)[0] for rank in range(workers)]
+    runs = [replay(masks, masking == "backward", rank, workers, 3000, monkeypatch, updates=2)[0]
+            for rank in range(workers)]
     for a in range(workers):
         assert all(a in who for who, _, _ in runs[a])       # nobody calls a collective of others
         for b in range(a):
@@ -1154,12 +870,13 @@ def test_every_pair_of_ranks_agrees_on_two_updates_of_collectives(subnets, held,
 
 
 @pytest.mark.parametrize("masking", ["forward", "backward"])
-@pytest.mark.parametrize("subnets,held,workers,level", [(4, 3, 4, "neuron"), (8, 5, 16, "block"), (8, 3, 16, "neuron"),
-                                                        (0, 0, 4, "odd")])
+@pytest.mark.parametrize("subnets,held,workers,level", [
+    (4, 3, 4, "neuron"), (8, 5, 16, "block"), (8, 3, 16, "neuron"), (0, 0, 4, "odd")])
 def test_bytes_are_optimal_and_stay_in_the_family(subnets, held, workers, level, masking, monkeypatch):
     masks = masks_for(TINY, subnets, held, level) if subnets else odd_masks()
     subnets, backward = sdp.count_subnets(masks), masking == "backward"
-    total = ddp = 0
+    ddp = 4 * 2 * (workers - 1) / workers * sum(shape.numel() for _, _, shape in llama.layout(TINY).values())
+    total = 0
     for rank in range(workers):
         calls, sync, groups = replay(masks, backward, rank, workers, 3000, monkeypatch)
         issued = sum(4 * n * 2 * (len(who) - 1) / len(who) for who, kind, n in calls if kind == "reduce")
@@ -1170,11 +887,11 @@ def test_bytes_are_optimal_and_stay_in_the_family(subnets, held, workers, level,
                 assert not any(sizes[0][r] + sizes[1][r] for r in outside) and not sizes[0][rank]
         assert sync.sent_bytes == pytest.approx(issued, rel=1e-12)
         assert level == "odd" or groups <= subnets + 1 + 2 * TINY.num_hidden_layers
+        assert level == "odd" or sync.sent_bytes <= ddp     # no worker sends more
         total += issued
     wanted = 0                                              # from the masks: the optimum derived in sdp.py
     for branch, dim, shape in llama.layout(TINY).values():
         size = 4 * shape.numel()
-        ddp += size * 2 * (workers - 1)
         rows = torch.ones(1, subnets, dtype=torch.bool)
         if branch is not None:
             rows = masks[branch] if dim is not None else masks[branch].any(0)[None]
@@ -1182,24 +899,6 @@ def test_bytes_are_optimal_and_stay_in_the_family(subnets, held, workers, level,
             h = int(row.sum()) * workers // subnets
             wanted += size / len(rows) * (2 * (h - 1) + backward * (workers - h))
     assert total == pytest.approx(wanted, rel=1e-9)
-    assert level == "odd" or total <= ddp
-
-
-@pytest.mark.parametrize("model", ["llama-tiny", "llama-134m", "resnet18"])
-def test_no_worker_sends_more_than_ddp(model):
-    """Blocks of unequal size make that hard: those with least to send refresh the others."""
-    config = {**llama.PRESETS, **resnet.PRESETS}[model]
-    layout = family(config)[0].layout(config)
-    for workers, held, level in (8, 6, "block"), (8, 7, "block"), (8, 7, "neuron"), (4, 1, "block"):
-        masks = masks_for(config, workers, held, level)
-        ddp = 2 * (workers - 1) / workers * 4 * sum(shape.numel() for _, _, shape in layout.values())
-        for rank in range(workers):
-            with alone(rank, workers):
-                module = subnetwork(config, masks, rank, True)
-                for local, slot in sdp.slots(module, masks, layout, rank).items():
-                    module.get_parameter(local).requires_grad_(slot.trains)
-                sent = sdp.SubnetDataParallel(module, masks, layout, True).sent_bytes
-            assert sent <= ddp, (held, level, rank)
 
 
 def test_1024_workers_need_no_more_groups_than_8(monkeypatch):
@@ -1229,20 +928,22 @@ def test_buckets_are_full_and_the_last_ones_short(level, monkeypatch):
 
 
 def test_messages_leave_while_backward_still_runs_and_gradients_live_in_them(monkeypatch):
-    masks, complete = masks_for(TINY, 4, 3, "block"), []
+    masks, taken, complete = masks_for(TINY, 4, 3, "block"), [], []
     with alone(world=4):
         sync, real = make_sync(TINY, masks, False, bucket_bytes=3000), dist.all_reduce
 
         def all_reduce(*args, **options):
-            complete.append(len(sync._taken))
+            complete.append(len(taken))
             return real(*args, **options)
         monkeypatch.setattr(dist, "all_reduce", all_reduce)
+        for p in sync.params.values():
+            p.register_hook(taken.append)                   # called when its gradient is complete
         x, y = tokens_for(0, 0)
         llama.loss(sync.run(0, x), y).backward()
         assert complete == sorted(complete) and complete[0] < len(sync.params) / 2
         count = len(complete)
         assert count == len(sync.buckets)
-        assert all(p.grad is None for p in sync.params.values()) and all(run.param.grad is None for run in sync.runs)
+        assert all(p.grad is None for p in [*sync.params.values(), *(run.param for run in sync.runs)])
         sync.finish()
         assert len(complete) == count                       # every bucket left during backward
         grads = [run.param.grad for run in sync.runs]       # and the gradients lie in the messages
@@ -1252,17 +953,6 @@ def test_messages_leave_while_backward_still_runs_and_gradients_live_in_them(mon
         assert len(complete) == count
 
 
-def test_kernels_of_an_update_are_few():
-    """llama-134m, S = 8, 6/8, one worker on the fake process group; counts do not depend on the machine."""
-    spec = importlib.util.spec_from_file_location("kernels", Path(__file__).parent / "experiments" / "kernels.py")
-    kernels = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kernels)
-    rows = {row["variant"]: row for row in kernels.count_all("llama-134m", n_subnets=8, held=6)}
-    total = {name: sum(row["kernels"].values()) for name, row in rows.items()}
-    ddp, messages = total["ddp"], rows["sdp-forward-block"]["messages"]
-    assert total["sdp-forward-block"] <= total["dense-block"] + 5 * messages
-    for name, most in (("forward-block", 1.15), ("forward-neuron", 1.15), ("backward-block", 1.15), ("backward-neuron", 1.4)):
-        assert total[f"sdp-{name}"] <= most * ddp, name
 
 # -----------------------------------------------------------------------------------------------------------
 # Initialisation, the full model, checkpoints
@@ -1277,17 +967,17 @@ def _start(masks, backward):
     return full, list(sdp.stream(sync, model, inputs))
 
 
-@pytest.mark.parametrize("masking", ["forward", "backward"])
-@pytest.mark.parametrize("level", ["block", "neuron"])
-def test_the_full_model_starts_the_same_everywhere_and_streams_as_an_ordinary_one(run_on, level, masking):
+@pytest.mark.parametrize("level,masking", EQUAL)
+def test_the_full_model_starts_the_same_everywhere_and_streams_as_an_ordinary_one(level, masking):
     value = first_value(TINY)
     model = llama.Llama(TINY)
     model.load_state_dict({name: value(name) for name in llama.layout(TINY)})
     for subnets, held, workers in (1, 1, 1), (2, 1, 4), (3, 2, 3), (4, 4, 4):
-        for full, outputs in run_on(workers, _start, masks_for(TINY, subnets, held, level), masking == "backward"):
-            assert full.keys() == set(llama.layout(TINY)) and all(torch.equal(t, value(n)) for n, t in full.items())
-        outputs = run_on(workers, _start, masks_for(TINY, subnets, held, level), masking == "backward")[0][1]
-        for step, logits in enumerate(outputs):
+        ranks = run_on(workers, _start, masks_for(TINY, subnets, held, level), masking == "backward")
+        for full, _ in ranks:
+            assert full.keys() == set(llama.layout(TINY))
+            assert all(torch.equal(t, value(name)) for name, t in full.items())
+        for step, logits in enumerate(ranks[0][1]):
             torch.testing.assert_close(logits, model(tokens_for(step, 0)[0]))
 
 
@@ -1298,32 +988,4 @@ def test_init_is_a_function_of_seed_and_name():
     first, second = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
     assert not torch.equal(a(first), a(second)) and a(first).std() == pytest.approx(0.02, rel=0.2)
 
-
-# Batch norm
-# -----------------------------------------------------------------------------------------------------------
-
-def test_activations_that_a_worker_of_resnet18_keeps_are_as_the_readme_says():
-    config, (x, y) = resnet.PRESETS["resnet18"], (torch.randn(1, 3, 32, 32), torch.tensor([3]))
-    full = {name: neurons for name, (_, neurons, *_) in resnet.branches(config).items()}
-
-    def kept(part, backward=False):
-        module = resnet.ResNet(config, {name: round(n * part) for name, n in full.items()}, backward)
-        for name, p in module.named_parameters():
-            p.requires_grad_(".rest." not in name)
-        return saved_bytes(module, resnet.loss, x, y)
-    whole = kept(1)
-    assert whole == pytest.approx(4.7e6, rel=0.01)
-    for part, forward, backward in (1 / 2, 0.79, 0.90), (3 / 4, 0.90, 0.95):
-        assert kept(part) / whole == pytest.approx(forward, abs=0.01) and kept(part, True) / whole == pytest.approx(backward, abs=0.01)
-
-
-def test_resnet18_has_the_known_sizes_and_torchvision_s_names():
-    from torchvision.models import resnet18
-    count = {}
-    for stem, classes in ("cifar", 10), ("imagenet", 1000):
-        config = resnet.ResNetConfig(num_classes=classes, stem=stem)
-        count[stem] = sum(shape.numel() for _, _, shape in resnet.layout(config).values())
-    assert count == {"cifar": 11_173_962, "imagenet": 11_689_512}
-    theirs = {name: p.shape for name, p in resnet18().named_parameters()}
-    assert [(name, shape) for name, (_, _, shape) in resnet.layout(config).items()] == list(theirs.items())
 

@@ -1,5 +1,5 @@
 """
-Tests of plan.py and bench.py: against real tensors, the allocator's own count, and bytes counted by hand.
+Tests of plan.py, bench.py and kernels.py: against real tensors, the allocator's own count, bytes counted by hand.
 
     python -m pytest -q experiments/test_experiments.py
 """
@@ -26,20 +26,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 import bench
+import data
+import kernels
 import model_llama as llama
+import model_resnet as resnet
 import plan
 import train
+from test_sdp import run_on, saved_bytes
 from test_train import (
     ENVIRONMENT,
     ROOT,
     only_when_asked,
-    run_on,
     slow,
     small_images,
     small_images_on_pool,
     text_bin,
     train_on_pool,
-    two_hosts,
+    when_asked,
 )
 
 RESULTS = ROOT / "experiments" / "results"
@@ -93,10 +96,6 @@ def cpu_allocator_peak(work, *alive):
 
 
 # -- The plan --------------------------------------------------------------------------------------
-
-
-def when_asked(*values):
-    return pytest.param(*values, marks=[slow, only_when_asked])
 
 
 QUICK = ("ddp", "fsdp", "sdp-forward-block", "sdp-backward-neuron")
@@ -282,7 +281,7 @@ def bench_on_pool(arguments, prepare=None):
 
 
 @pytest.mark.parametrize("more", [[], ["--dtype", "bf16", *IMAGES]], ids=["llama", "resnet-bf16"])
-def test_bench_on_real_workers(run_on, tmp_path, small_images, more):
+def test_bench_on_real_workers(tmp_path, small_images, more):
     arguments = ["--updates", 2, "--batch-size", 2, "--subnets", 2, "--coverage", "1/2", "--device", "cpu",
                  "--results", tmp_path / "bench.jsonl", "--traces", tmp_path / "traces", *more]
     if not more:
@@ -356,36 +355,64 @@ def test_a_variant_that_was_torn_down_leaves_nothing(name):
     assert alive() < before + 50_000                                 # of the model's 7 MB
 
 
-@pytest.mark.parametrize(
-    "script,more,message",
-    [
-        ("plan", ["--coverage", "0.7"], "--coverage 0.7 is not a multiple of 1/4"),
-        ("bench", ["--updates", "0"], "must be at least 1"),
-        ("plan", ["--resume"], "unrecognized arguments"),
-        ("bench", ["--steps", "3"], "unrecognized arguments"),
-        ("bench", ["--data", "none.bin"], "cannot read none.bin"),
-    ],
-)
+@pytest.mark.parametrize("script,more,message", [
+    (plan, ["--coverage", "0.7"], "--coverage 0.7 is not a multiple of 1/4"),
+    (bench, ["--updates", "0"], "must be at least 1"),
+    (plan, ["--resume"], "unrecognized arguments"),
+    (bench, ["--steps", "3"], "unrecognized arguments"),
+    (bench, ["--data", "none.bin"], "cannot read none.bin"),
+])
 def test_bad_input_is_one_line(tmp_path, script, more, message):
-    run = subprocess.run(
-        [
-            sys.executable,
-            f"experiments/{script}.py",
-            "--subnets",
-            "4",
-            "--results",
-            tmp_path / "x.jsonl",
-            *more,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    assert (
-        run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
-    ), run.stderr
-    assert message in run.stderr and not (tmp_path / "x.jsonl").exists()
+    with pytest.raises(data.UserError, match=message) as caught:
+        script.main(["--subnets", "4", "--results", str(tmp_path / "x.jsonl"), *more])
+    assert "\n" not in str(caught.value) and not (tmp_path / "x.jsonl").exists()
+
+
+@pytest.mark.parametrize("script", ["plan", "bench"])
+def test_as_a_program_bad_input_is_one_line(script):
+    command = [sys.executable, f"experiments/{script}.py", "--subnets", "x"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+
+
+# -- Numbers of the README that do not depend on the machine ---------------------------------------
+
+def test_kernels_of_an_update_are_few():
+    """llama-134m, S = 8, 6/8, one worker on the fake process group."""
+    rows = {row["variant"]: row for row in kernels.count_all("llama-134m", n_subnets=8, held=6)}
+    total = {name: sum(row["kernels"].values()) for name, row in rows.items()}
+    messages = rows["sdp-forward-block"]["messages"]
+    assert total["sdp-forward-block"] <= total["dense-block"] + 5 * messages
+    for name, most in ("forward-block", 1.15), ("forward-neuron", 1.15), ("backward-block", 1.15):
+        assert total[f"sdp-{name}"] <= most * total["ddp"], name
+    assert total["sdp-backward-neuron"] <= 1.4 * total["ddp"]
+
+
+def test_activations_that_a_worker_of_resnet18_keeps_are_as_the_readme_says():
+    config, (x, y) = resnet.PRESETS["resnet18"], (torch.randn(1, 3, 32, 32), torch.tensor([3]))
+    full = {name: neurons for name, (_, neurons, *_) in resnet.branches(config).items()}
+
+    def kept(part, backward=False):
+        module = resnet.ResNet(config, {name: round(n * part) for name, n in full.items()}, backward)
+        for name, p in module.named_parameters():
+            p.requires_grad_(".rest." not in name)
+        return saved_bytes(module, resnet.loss, x, y)
+    whole = kept(1)
+    assert whole == pytest.approx(4.7e6, rel=0.01)
+    for part, forward, backward in (1 / 2, 0.79, 0.90), (3 / 4, 0.90, 0.95):
+        assert kept(part) / whole == pytest.approx(forward, abs=0.01)
+        assert kept(part, True) / whole == pytest.approx(backward, abs=0.01)
+
+
+def test_resnet18_has_the_known_sizes_and_torchvision_s_names():
+    from torchvision.models import resnet18
+    count = {}
+    for stem, classes in ("cifar", 10), ("imagenet", 1000):
+        config = resnet.ResNetConfig(num_classes=classes, stem=stem)
+        count[stem] = sum(shape.numel() for _, _, shape in resnet.layout(config).values())
+    assert count == {"cifar": 11_173_962, "imagenet": 11_689_512}
+    theirs = {name: p.shape for name, p in resnet18().named_parameters()}
+    assert [(name, shape) for name, (_, _, shape) in resnet.layout(config).items()] == list(theirs.items())
 
 
 # -- Measurements, when they are asked for: python -m pytest -m slow -k NAME experiments/test_experi

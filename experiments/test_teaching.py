@@ -12,10 +12,11 @@ import torch
 import torch.nn as nn
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 import exercises
 import own_model
 import sdp
+from test_sdp import run_on
 
 
 def masks_of(level, held, n_subnets=4):
@@ -79,24 +80,15 @@ def test_forward_masking_does_not():
     assert max(abs(a - b) for a, b in zip(losses, other)) > 1e-3
 
 
+def _trained(masks, backward):
+    model, losses = own_model.train_sdp(5, masks, backward)
+    return [*losses, own_model.full_loss(model)]
+
+
 @pytest.mark.parametrize("level, backward", [("neuron", False), ("block", True)])
-def test_real_workers_do_what_the_simulation_does(level, backward, tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(HERE)!r})
-import own_model, sdp, torch
-torch.distributed.init_process_group("gloo")
-masks = sdp.MASKS[{level!r}](own_model.BRANCHES, 2, 1)
-model, losses = own_model.train_sdp(5, masks, {backward})
-if torch.distributed.get_rank() == 0:
-    print(*losses, own_model.full_loss(model))
-torch.distributed.destroy_process_group()
-""")
-    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script],
-                         capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
-    model, losses = own_model.train_sdp(5, masks_of(level, 1, 2), backward)
-    assert [float(x) for x in out.split()] == pytest.approx([*losses, own_model.full_loss(model)], abs=2e-5)
+def test_real_workers_do_what_the_simulation_does(level, backward):
+    masks = masks_of(level, 1, 2)
+    assert run_on(2, _trained, masks, backward)[0] == pytest.approx(_trained(masks, backward), abs=2e-5)
 
 
 def test_check_layout():

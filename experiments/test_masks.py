@@ -1,0 +1,105 @@
+"""
+Tests of how good the masks are: balanced loads, found in little time.  test_sdp.py has what they must be.
+
+    python -m pytest -q experiments/test_masks.py
+"""
+
+import itertools
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model_llama as llama
+import model_resnet as resnet
+import sdp
+from test_sdp import alone, family, masks_for, subnetwork
+
+
+@pytest.mark.parametrize("level", ["block", "neuron"])
+@pytest.mark.parametrize("blocks,subnets,held", [
+    (4, 4, 3), (6, 4, 3), (6, 8, 5), (12, 8, 5), (18, 8, 6), (20, 8, 3), (8, 8, 3)])
+def test_equal_blocks_are_dealt_as_evenly_as_whole_numbers_allow(blocks, subnets, held, level):
+    branches = {str(b): (b, 4 * subnets, 1.0, 1.0) for b in range(blocks)}
+    masks = (sdp.block_masks if level == "block" else sdp.neuron_masks)(branches, subnets, held)
+    best = -(-blocks * held // subnets) / (blocks * held / subnets) if level == "block" else 1.0
+    assert sdp.loads(masks, branches).max() == pytest.approx(best)
+
+
+def test_neuron_masks_balance_branches_smaller_than_the_number_of_subnets():
+    branches = llama.branches(llama.LlamaConfig(num_hidden_layers=6, num_key_value_heads=2))
+    for held in range(1, 9):
+        masks = sdp.neuron_masks(branches, 8, held)
+        load = {b: np.outer(m.sum(0), branches[b][2:]) for b, m in masks.items()}  # [subnets, kinds]
+        head = np.array(branches["model.layers.0.self_attn"][2:]) / sum(load.values()).mean(0)
+        # never a whole head over the mean
+        assert (sdp.loads(masks, branches).max(0) <= 1 + head + 1e-9).all()
+
+
+
+def best_balance(cost, subnets, held, restarts):
+    """Smallest largest load over the mean that a long search finds, over all sets of two blocks at a time."""
+    rng = np.random.default_rng(0)
+    sets = itertools.combinations(range(subnets), held)
+    sets = np.array([[i in chosen for i in range(subnets)] for chosen in sets], float)  # [sets, subnets]
+    cost = cost / cost.sum(0) * subnets / held
+    best = np.inf
+    for _ in range(restarts):
+        pick = rng.integers(len(sets), size=len(cost))
+        now = np.inf
+        better = True
+        while better:
+            better = False
+            for a, b in rng.permutation(list(itertools.combinations(range(len(cost)), 2))):
+                others = [i for i in range(len(cost)) if i not in (a, b)]
+                load = sum(np.outer(sets[pick[i]], cost[i]) for i in others)
+                with_a = load + sets[:, :, None] * cost[a]  # [sets, subnets, kinds]
+                tops = (with_a[:, None] + (sets[:, :, None] * cost[b])[None]).max((2, 3))
+                if tops.min() < now - 1e-12:
+                    now = tops.min()
+                    better = True
+                    pick[a], pick[b] = np.unravel_index(tops.argmin(), tops.shape)
+        best = min(best, now)
+    return best
+
+
+@pytest.mark.parametrize("held", [3, 4, 5, 6])
+def test_loads_of_resnet18_are_balanced_within_5_percent_of_the_best(held):
+    branches = resnet.branches(resnet.PRESETS["resnet18"])  # 8 blocks: 8 subnets allow each its own set
+    best = best_balance(np.array([[n * x for x in loads] for _, n, *loads in branches.values()]), 8, held, 25)
+    for seed in range(3):
+        masks = sdp.block_masks(branches, 8, held, seed)
+        load = {name: np.outer(mask.sum(0), branches[name][2:]) for name, mask in masks.items()}
+        load = sum(load.values()) / sum(load.values()).mean(0)  # [subnets, (bytes, FLOPs, activations)]
+        assert load.max() <= 1.05 * best
+        assert sdp.loads(sdp.neuron_masks(branches, 8, held, seed), branches).max() < 1.001
+
+
+def test_masks_for_64_subnets_and_100_blocks_take_less_than_a_second():
+    branches = {str(b): (b, 1, 1.0, 1.0, 1.0) for b in range(100)}
+    seconds = []
+    for held in (20, 40, 48):
+        start = time.process_time()
+        sdp.block_masks(branches, 64, held)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 1, seconds
+
+
+@pytest.mark.parametrize("model", ["llama-tiny", "llama-134m", "resnet18"])
+def test_no_worker_sends_more_than_ddp(model):
+    """Blocks of unequal size make that hard: those with least to send refresh the others."""
+    config = {**llama.PRESETS, **resnet.PRESETS}[model]
+    layout = family(config)[0].layout(config)
+    for workers, held, level in (8, 6, "block"), (8, 7, "block"), (8, 7, "neuron"), (4, 1, "block"):
+        masks = masks_for(config, workers, held, level)
+        ddp = 2 * (workers - 1) / workers * 4 * sum(shape.numel() for _, _, shape in layout.values())
+        for rank in range(workers):
+            with alone(rank, workers):
+                module = subnetwork(config, masks, rank, True)
+                for local, slot in sdp.slots(module, masks, layout, rank).items():
+                    module.get_parameter(local).requires_grad_(slot.trains)
+                sent = sdp.SubnetDataParallel(module, masks, layout, True).sent_bytes
+            assert sent <= ddp, (held, level, rank)

@@ -1,0 +1,336 @@
+"""
+Tests of how sdp.py is used: masks and models of the user's own, right or refused with one clear message.
+
+    python -m pytest -q experiments/test_use.py
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model_llama as llama
+import sdp
+from test_sdp import TINY, _gradients, alone, gathered, make_sync, masks_for, run_on, tokens_for
+
+
+def test_bad_masks_are_refused_and_odd_ones_warned_of():
+    branches = llama.branches(TINY)
+    good = sdp.neuron_masks(branches, 4, 3)
+    assert sdp.check_masks(good, branches) == []
+    name = next(iter(good))
+    unheld = {**good, name: good[name].clone().fill_(False)}
+    for bad, message in [(unheld[name], "no subnet holds neuron 0"), (good[name][:-1], "wanted"),
+                         (good[name].float(), "wanted bool"), (good[name][:, :3], "wanted")]:
+        with pytest.raises(ValueError, match=message):
+            sdp.check_masks({**good, name: bad}, branches)
+    with pytest.raises(ValueError, match="not of this model"):
+        sdp.check_masks({b: m for b, m in good.items() if b != name}, branches)
+    uneven = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 1, 1]], dtype=torch.bool)
+    assert any("from 1 to 4 holders" in w for w in sdp.check_masks({**good, name: uneven}, branches))
+    assert any("process groups" in w for w in sdp.check_masks({**good, name: uneven}, branches))
+    assert any("separate groups" in w for w in sdp.check_masks(sdp.neuron_masks(branches, 4, 1), branches))
+    with pytest.raises(ValueError, match="no subnet holds neuron 0"):  # wherever masks come in
+        make_sync(TINY, unheld, True, simulated=4)
+    for held in (0, 5):
+        with pytest.raises(ValueError, match="held must be"):
+            sdp.block_masks(branches, 4, held)
+
+
+def test_picture_shows_the_masks():
+    branches = {"a": (0, 2, 1.0), "b": (1, 2, 1.0)}
+    whole = torch.tensor([[True, False], [True, False]])
+    assert sdp.picture({"a": whole, "b": ~whole}, branches) == "  block 0  ██ ··\n  block 1  ·· ██"
+    assert sdp.picture({"a": whole, "b": torch.eye(2).bool()}, branches).splitlines()[1] == "  b        █· ·█"
+
+
+class Branch(nn.Module):
+    def __init__(self, n, bias=False):
+        super().__init__()
+        self.up = nn.Linear(4, n, bias=False)
+        self.down = nn.Linear(n, 4, bias=bias)
+
+
+class Net(nn.Module):
+    """x + inside(x), between an embedding and a head that may be tied."""
+    def __init__(self, n, tied=False, bias=False, rest=0):
+        super().__init__()
+        self.embed = nn.Linear(4, 4, bias=False)
+        self.inside = Branch(n)
+        if rest:
+            self.inside.rest = Branch(rest, bias)
+        self.head = nn.Linear(4, 4, bias=False)
+        self.scale = nn.Parameter(torch.ones(()))           # a parameter without dimensions
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.head(x + self.inside.down(self.inside.up(x))) * self.scale
+
+
+NET = {
+    "embed.weight": (None, None, torch.Size([4, 4])),
+    "inside.up.weight": ("inside", 0, torch.Size([6, 4])),
+    "inside.down.weight": ("inside", 1, torch.Size([4, 6])),
+    "head.weight": (None, None, torch.Size([4, 4])),
+    "scale": (None, None, torch.Size([])),
+}
+NET_MASKS = {"inside": torch.tensor([[1, 0], [0, 1], [1, 0], [0, 1], [0, 1], [1, 1]], dtype=torch.bool)}
+
+
+def net_value(name):
+    return torch.ones(NET[name][2])
+
+
+def wrapped(module, masks=NET_MASKS, layout=NET, **options):
+    sdp.materialize(module, masks, layout, 0, net_value)
+    return sdp.SubnetDataParallel(module, masks, layout, **options)
+
+
+def without(name):
+    return {key: entry for key, entry in NET.items() if key != name}
+
+
+WITH_BIAS = {**NET, "inside.down.bias": ("inside", None, torch.Size([4]))}
+NORM = {"0.weight": (None, None, torch.Size([4])), "0.bias": (None, None, torch.Size([4]))}
+
+
+@pytest.mark.parametrize("make,layout,message", [
+    (lambda: Net(3), without("head.weight"), "head.weight is not in the layout"),
+    (lambda: Net(4), NET, r"inside.up.weight has shape \[4, 4\], but by the masks \[3, 4\]"),
+    (lambda: Net(3, tied=True), NET, "holds head.weight, but the module does not have it"),
+    (lambda: Net(3, rest=3, bias=True), WITH_BIAS, "would add it again"),
+    (lambda: nn.Sequential(nn.BatchNorm1d(4)), NORM, "buffer .* nobody averages"),
+])
+def test_a_model_that_would_be_trained_wrongly_is_refused(make, layout, message):
+    with alone(), pytest.raises(ValueError, match=message):
+        sdp.MaskedAllReduce(make(), NET_MASKS, layout)
+
+
+def test_tied_parameters_work_if_they_are_shared_and_are_refused_in_a_branch():
+    with alone():
+        net = Net(3, tied=True)
+        sync = wrapped(net, layout=without("head.weight"))
+        assert net.head.weight is net.embed.weight and net.embed.weight is sync.params["embed.weight"]
+        net(torch.ones(2, 4)).sum().backward()
+        assert net.embed.weight.grad is None                # it left with its bucket, once
+        sync.finish()
+        assert len([run for run in sync.runs if run.name == "embed.weight"]) == 1
+        albert = nn.Module()
+        albert.a, albert.b = Branch(3), Branch(3)
+        albert.b.up.weight = albert.a.up.weight
+        layout = {
+            "a.up.weight": ("a", 0, torch.Size([6, 4])),
+            "a.down.weight": ("a", 1, torch.Size([4, 6])),
+            "b.down.weight": ("b", 1, torch.Size([4, 6])),
+        }
+        with pytest.raises(ValueError, match="tied in a branch"):
+            sdp.slots(albert, {"a": NET_MASKS["inside"], "b": NET_MASKS["inside"]}, layout, 0)
+
+
+def test_wrong_use_is_refused():
+    x = torch.ones(2, 4)
+    with alone():
+        sync = wrapped(Net(3))
+        with pytest.raises(ValueError, match="wrapped already"):
+            sdp.SubnetDataParallel(sync.module, NET_MASKS, NET)
+        with pytest.raises(RuntimeError, match="call finish"):
+            sync.clip_grad_norm(1.0)
+        sync.module(x).sum().backward()
+        with pytest.raises(RuntimeError, match="put all but the last under no_sync"):
+            sync.module(x).sum().backward()
+        sync.reset()
+        sync.module.head.weight.requires_grad_(False)
+        sync.module(x).sum().backward()
+        with pytest.raises(RuntimeError, match="head.weight was frozen after it was wrapped"):
+            sync.finish()
+        with sync.no_sync(), pytest.raises(RuntimeError, match="inside no_sync"):
+            sync.finish()
+        for module, backward in (Net(3), True), (Net(3, rest=3), False):
+            with pytest.raises(ValueError, match="must be in the module"):
+                wrapped(module, backward=backward)
+        frozen = sdp.materialize(Net(3), NET_MASKS, NET, 0, net_value)
+        frozen.head.weight.requires_grad_(False)
+        with pytest.raises(ValueError, match="head.weight has requires_grad=False"):
+            sdp.SubnetDataParallel(frozen, NET_MASKS, NET)
+    with alone(world=3), pytest.raises(ValueError, match="2 subnets do not divide the number of workers, 3"):
+        wrapped(Net(3))
+    with pytest.raises(ValueError, match="4 subnets do not divide the number of workers, 6"):
+        make_sync(TINY, masks_for(TINY, 4, 3, "block"), False, simulated=6)
+
+
+def test_after_an_exception_in_backward_reset_starts_afresh():
+    def fail(module, inputs, output):
+        return Fails.apply(output)
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise ArithmeticError
+    x = torch.ones(2, 4)
+    with alone():
+        grads = []
+        for fails in False, True:
+            sync = wrapped(Net(3))
+            if fails:
+                hook = sync.module.embed.register_forward_hook(fail)
+                with pytest.raises(ArithmeticError):
+                    sync.module(x).sum().backward()
+                hook.remove()
+                sync.reset()
+            sync.module(x).sum().backward()
+            sync.finish()
+            grads.append(gathered(sync, [run.param.grad for run in sync.runs]))
+            sync.close()
+        assert all(torch.equal(grad, grads[1][name]) for name, grad in grads[0].items())
+
+
+def test_gather_takes_states_of_another_dtype_and_parameters_without_dimensions():
+    for full in run_on(2, _gathered_states):
+        assert full["scale"].shape == () and all(t.dtype == torch.float64 for t in full.values())
+        assert all(torch.equal(t, torch.full_like(t, 7)) for t in full.values())
+
+
+def _gathered_states():
+    rank = dist.get_rank()
+    net = sdp.materialize(Net(int(NET_MASKS["inside"][:, rank].sum())), NET_MASKS, NET, rank, net_value)
+    sync = sdp.MaskedAllReduce(net, NET_MASKS, NET)
+    full = gathered(sync, [torch.full_like(run.param, 7, dtype=torch.float64) for run in sync.runs])
+    for run in sync.runs:                                   # cut is the way back
+        assert torch.equal(sync.part_of(full[run.name], run), torch.full_like(run.param, 7, dtype=torch.float64))
+    return full
+
+
+def test_close_ends_groups_and_hooks_so_that_masks_can_be_redrawn():
+    for before, between, after, grad in run_on(4, _opened_and_closed, masks_for(TINY, 4, 3, "neuron")):
+        assert before == after == 1 < between and grad
+
+
+def _opened_and_closed(masks):
+    groups = [len(dist.distributed_c10d._world.pg_map)]
+    sync = make_sync(TINY, masks, True)
+    groups.append(len(dist.distributed_c10d._world.pg_map))
+    sync.close()
+    groups.append(len(dist.distributed_c10d._world.pg_map))
+    x, y = tokens_for(0, 0)
+    llama.loss(sync.module(x), y).backward()                # nobody takes the gradient away any more
+    again = sdp.SubnetDataParallel(sync.module, masks, sync.layout, True)
+    again.close()
+    return (*groups, sync.module.lm_head.weight.grad is not None)
+
+
+def _own_mlp(held, masks):
+    """SDP on a model this project has never seen, used as the docstring says; two optimizers take turns."""
+    class Net(nn.Module):
+        def __init__(self, n):
+            super().__init__()
+            self.inside, self.stem, self.head = nn.Module(), nn.Linear(3, 4), nn.Linear(4, 2)
+            self.inside.up, self.inside.down = nn.Linear(4, n), nn.Linear(n, 4, bias=False)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(x + self.inside.down(self.inside.up(x).relu()))
+    layout = {
+        "stem.weight": (None, None, torch.Size([4, 3])),
+        "stem.bias": (None, None, torch.Size([4])),
+        "inside.up.weight": ("inside", 0, torch.Size([6, 4])),
+        "inside.up.bias": ("inside", 0, torch.Size([6])),
+        "inside.down.weight": ("inside", 1, torch.Size([4, 6])),
+        "head.weight": (None, None, torch.Size([2, 4])),
+        "head.bias": (None, None, torch.Size([2])),
+    }
+    value = sdp.fresh(layout, lambda name, t, g: t.normal_(generator=g), 0)
+    rank = dist.get_rank()
+    with torch.device("meta"):
+        net = Net(held[rank])
+    sync = sdp.SubnetDataParallel(sdp.materialize(net, masks, layout, rank, value), masks, layout)
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(rank))
+    net.zero_grad()                                         # plain zero_grad between backward and backward
+    net(x).square().mean().backward()
+    sync.finish()
+    full = gathered(sync, [run.param.grad for run in sync.runs])
+    # The formula, with full-size tensors and nothing from sdp
+    mine = masks["inside"][:, rank]
+    w = {n: value(n).requires_grad_() for n in layout}
+    h = x @ w["stem.weight"].T + w["stem.bias"]
+    u = ((h @ w["inside.up.weight"].T + w["inside.up.bias"]) * mine).relu()
+    ((h + u @ w["inside.down.weight"].T) @ w["head.weight"].T + w["head.bias"]).square().mean().backward()
+    count = masks["inside"].sum(1)
+    for n, p in w.items():
+        dist.all_reduce(p.grad)
+        p.grad /= {0: dist.get_world_size(), 1: count[:, None] if "up.w" in n else count}["inside" in n]
+        torch.testing.assert_close(full[n], p.grad, rtol=1e-5, atol=1e-6)
+    return True
+
+
+def test_a_model_of_the_users_own():
+    mask = torch.tensor([[1, 0, 0], [0, 1, 1], [1, 1, 0], [1, 1, 1], [0, 0, 1], [1, 0, 1]], dtype=torch.bool)
+    assert all(run_on(3, _own_mlp, mask.sum(0).tolist(), {"inside": mask}))
+
+
+def _block_that_is_never_called(masks, arrive):
+    """Backward masking where `inside` is a mere container, so that no hook of it can wait for weights."""
+    class Net(nn.Module):
+        def __init__(self, n):
+            super().__init__()
+            self.inside, self.inside.rest = nn.Module(), nn.Module()
+            for part, n in (self.inside, n), (self.inside.rest, 6 - n):
+                part.up = nn.Linear(4, n, bias=False)
+                part.down = nn.Linear(n, 4, bias=False)
+
+        def forward(self, x):
+            return x + sum(part.down(part.up(x)) for part in (self.inside, self.inside.rest))
+    layout = {
+        "inside.up.weight": ("inside", 0, torch.Size([6, 4])),
+        "inside.down.weight": ("inside", 1, torch.Size([4, 6])),
+    }
+    rank = dist.get_rank()
+    with torch.device("meta"):
+        net = Net(int(masks["inside"][:, rank].sum()))
+    sdp.materialize(net, masks, layout, rank, sdp.fresh(layout, lambda name, t, g: t.normal_(generator=g), 0))
+    sync = sdp.SubnetDataParallel(net, masks, layout, backward=True)
+    optimizer = torch.optim.SGD([run.param for run in sync.runs], lr=0.1)
+    for step in range(2):
+        if arrive:
+            sync.arrive()
+        net(torch.randn(5, 4, generator=torch.Generator().manual_seed(rank))).square().mean().backward()
+        try:
+            sync.finish()
+        except RuntimeError as e:
+            return step, str(e)
+        optimizer.step()
+        optimizer.zero_grad()
+        sync.refresh()
+    sync.arrive()
+    for full, weight in sync.gather():
+        local = full.replace("inside.", "inside.rest.")
+        assert torch.equal(net.get_parameter(local), sdp.cut(weight, sync.slots[local]))
+
+
+def test_frozen_weights_are_never_used_before_they_have_arrived():
+    masks = {"inside": torch.tensor([[1, 0], [0, 1], [1, 0], [0, 1], [0, 1], [1, 1]], dtype=torch.bool)}
+    for step, message in run_on(2, _block_that_is_never_called, masks, False):
+        assert step == 1 and "were used before they had arrived" in message
+    assert run_on(2, _block_that_is_never_called, masks, True) == [None, None]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_the_compiled_path_is_the_eager_one_to_rounding_in_float32_too():
+    masks = masks_for(TINY, 2, 1, "neuron")
+    results = []
+    for compile in False, True:
+        options = {"bucket_bytes": 4000, "compile": compile}
+        results.append(run_on(2, _gradients, sdp.SubnetDataParallel, masks, True, options)[0][0])
+    for eager, compiled in zip(*results, strict=True):
+        for name, grad in eager.items():
+            torch.testing.assert_close(compiled[name], grad, rtol=0, atol=1e-6)
