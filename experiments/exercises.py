@@ -1,11 +1,12 @@
 """
-Exercises, from pencil to code.  Each has a check.
+Ten exercises, from pencil to code.  Each has a check.
 
-    python experiments/exercises.py           all exercises as text
-    python experiments/exercises.py 3         number 3, and whether your answer is right or what is missing
+    python experiments/exercises.py           prints all exercises
+    python experiments/exercises.py 3         prints number 3, and whether your answer to it is right
 
-Write your answers into a file answers.py in the folder from which you call this script: one name an exercise, a value or a
-function, as the text says.  Answers are not printed.  They are not in this file either: the checks compute them.
+Write your answers into a file answers.py, in the folder from which you call this script.  Each exercise says
+under which name it looks for your answer, a value or a function.  The script prints no answer, and this file
+has none: the checks compute them.
 """
 
 import functools
@@ -39,8 +40,9 @@ def need(right, missing):
 
 
 def close(answer, right, tolerance):
-    """answer: a list of numbers."""
-    need(isinstance(answer, (list, tuple)) and len(answer) == len(right), f"wanted a list of {len(right)} numbers")
+    """Raises Wrong unless `answer` is a list of the numbers `right`, each within the tolerance."""
+    is_list = isinstance(answer, (list, tuple))
+    need(is_list and len(answer) == len(right), f"wanted a list of {len(right)} numbers")
     for i, (a, b) in enumerate(zip(answer, right)):
         need(abs(a - b) <= tolerance, f"number {i + 1} of {len(right)} is not right: {a}")
 
@@ -48,7 +50,8 @@ def close(answer, right, tolerance):
 def averages(average):
     """Pencil: average by hand.
 
-    Three workers, each with its own subnetwork (W = S = 3), four neurons.  "-": not held.
+    Three workers, each with its own subnetwork (W = S = 3), and the gradients of four neurons.  A "-" says
+    that the worker does not hold the neuron.
 
         neuron    worker 0    worker 1    worker 2
            0          3           -           6
@@ -65,13 +68,15 @@ def averages(average):
 def shares(share):
     """Pencil, then a shell: how much of the model does a worker hold?
 
-    llama-tiny, block level, four subnetworks.  At coverage 3/4 a worker holds more than 75 % of the parameters.  Why?
-    (`python experiments/plan.py` prints the figures, or count the parameters of `model_llama.layout(config)`.)
+    llama-tiny, block level, four subnetworks.  At coverage 3/4 a worker holds more than 75 % of the
+    parameters.  Why?  (`python experiments/plan.py` prints the numbers.  Or count the parameters in
+    `model_llama.layout(config)`.)
 
     shares = [percent of the parameters at coverage 3/4, percent at 1/2], to 0.1
     """
     config = llama.LlamaConfig()
-    total, right = sum(shape.numel() for _, _, shape in llama.layout(config).values()), []
+    total = sum(shape.numel() for _, _, shape in llama.layout(config).values())
+    right = []
     for held in 3, 2:
         masks = sdp.block_masks(llama.branches(config), 4, held)
         with torch.device("meta"):
@@ -81,21 +86,24 @@ def shares(share):
 
 
 def bytes_sent(answer):
-    """Pencil: bytes.
+    """Pencil: how many bytes does a worker send?
 
-    W = S = 4.  A ring all-reduce among h workers sends 2 (h-1)/h bytes for each byte and worker.  Each neuron is held by
-    k workers.  How many bytes does a worker send in one update for each byte of the full model's branches?  Under
-    backward masking the new weights travel as well.  Who needs them?  How often must each be sent?
+    Four workers, each with its own subnetwork (W = S = 4).  k workers hold each neuron.  In a ring all-reduce
+    among h workers, each of them sends 2 (h-1)/h bytes for each byte of the message.  How many bytes does a
+    worker send in one update, on average, for each byte of the full model's branches?  Under backward masking
+    the new weights travel as well.  Who needs them?  How often must each be sent?
 
     bytes_sent = {"forward": [at k = 1, 2, 3, 4], "backward": [at k = 1, 2, 3, 4]}
     """
-    need(isinstance(answer, dict) and answer.keys() == {"forward", "backward"}, "wanted a dict: forward, backward")
+    is_dict = isinstance(answer, dict)
+    need(is_dict and answer.keys() == {"forward", "backward"}, "wanted a dict: forward, backward")
     for regime in answer:
         right = []
-        for k in 1, 2, 3, 4:                                         # one neuron for each set of k workers
-            sets = list(itertools.combinations(range(4), k))
-            sent = sum(k * 2 * (k - 1) / k + (4 - k) * (regime == "backward") for _ in sets)       # by all workers
-            right.append(sent / 4 / len(sets))
+        for k in 1, 2, 3, 4:
+            sent = k * 2 * (k - 1) / k                               # by all workers, for one neuron
+            if regime == "backward":
+                sent += 4 - k
+            right.append(sent / 4)
         try:
             close(answer[regime], right, 1e-6)
         except Wrong as wrong:
@@ -105,9 +113,10 @@ def bytes_sent(answer):
 def offsets(answer):
     """Pencil or code: masks that spread news.
 
-    Eight subnetworks.  Neuron n is held by the subnets n + a, n + b, n + c (mod 8), for three different offsets a, b, c.
-    Which offsets give the largest spectral gap (`sdp.spectral_gap`)?  Before you search: what is the gap of two offsets
-    0 and 4, and what does it mean?
+    The spectral gap (`sdp.spectral_gap`) says how well news spreads among the subnetworks.  There are eight.
+    The subnetworks n + a, n + b and n + c (mod 8) hold neuron n, for three different offsets a, b, c.  Which
+    offsets give the largest gap?  Before you search: what is the gap of two offsets, 0 and 4?  What does it
+    mean?
 
     offsets = (a, b, c)
     """
@@ -117,22 +126,24 @@ def offsets(answer):
             rows[n, [(n + a) % 8 for a in of]] = 1
         return sdp.spectral_gap(rows, np.ones(8))[0]
 
-    need(isinstance(answer, tuple) and len({a % 8 for a in answer}) == 3, "wanted three different offsets, (a, b, c)")
+    is_tuple = isinstance(answer, tuple)
+    need(is_tuple and len({a % 8 for a in answer}) == 3, "wanted three different offsets, (a, b, c)")
     best = max(gap(of) for of in itertools.combinations(range(8), 3))
     need(gap(answer) > best - 1e-6, f"these have a gap of {gap(answer):.3f}, and there are better ones")
 
 
 def updates(function):
-    """Pencil: FLOP-matched.
+    """Pencil: how many updates do the same FLOPs allow?
 
-    Of DDP's FLOPs in an update, a fraction `shared` is spent outside of branches (embedding, head).  A worker at coverage
-    C does all of those, and C of the rest.  How many updates of SDP cost as many FLOPs as `steps` updates of DDP?  Round
-    down.
+    DDP spends a fraction `shared` of an update's FLOPs outside of branches (embedding, head).  A worker of
+    SDP spends all of those, and the fraction `coverage` of the rest.  How many updates of SDP cost as many
+    FLOPs as `steps` updates of DDP?  Round down.
 
     def updates(steps, shared, coverage): ...
     """
     for steps, shared, coverage in (250, 0.03, 0.75), (1000, 0.0, 0.5), (100, 0.5, 0.25), (77, 0.1, 1.0):
-        done, spent = 0, 0.0
+        done = 0
+        spent = 0.0
         while spent + shared + coverage * (1 - shared) <= steps + 1e-6:
             spent += shared + coverage * (1 - shared)
             done += 1
@@ -141,9 +152,10 @@ def updates(function):
 
 
 def equal_to_dense(answer):
-    """Predict, then see: when is it full training?
+    """Predict, then see: when is it training of the full model?
 
-    Four workers, S = 4.  Is the averaged gradient the dense model's, on the mean of the workers' losses?
+    Four workers, each with its own subnetwork.  The dense model has all neurons, and its loss is the mean
+    over the workers' batches.  Is the averaged gradient equal to the gradient of the dense model?
 
     equal_to_dense = {
         "forward, coverage 1, own batches": True or False,
@@ -154,12 +166,19 @@ def equal_to_dense(answer):
     """
     right = {}
     config = llama.LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=4, vocab_size=16)
-    branches, layout = llama.branches(config), llama.layout(config)
+    branches = llama.branches(config)
+    layout = llama.layout(config)
     value = sdp.fresh(layout, functools.partial(llama.init, config), seed=0)
     tokens = torch.randint(16, (4, 2, 16), generator=torch.Generator().manual_seed(0))
-    for regime, held, batches in ("forward", 4, "own batches"), ("forward", 3, "one batch for all"), \
-                                 ("backward", 3, "one batch for all"), ("backward", 3, "own batches"):
-        masks, backward = sdp.neuron_masks(branches, 4, held), regime == "backward"
+    cases = [
+        ("forward", 4, "own batches"),
+        ("forward", 3, "one batch for all"),
+        ("backward", 3, "one batch for all"),
+        ("backward", 3, "own batches"),
+    ]
+    for regime, held, batches in cases:
+        masks = sdp.neuron_masks(branches, 4, held)
+        backward = regime == "backward"
         with torch.device("meta"):
             modules = [llama.Llama(config, sdp.held_counts(masks, s), backward) for s in range(4)]
             dense = llama.Llama(config)
@@ -174,17 +193,19 @@ def equal_to_dense(answer):
         same = all(torch.allclose(p.grad, dense.get_parameter(name).grad, atol=1e-5)
                    for name, p in simulation.params.items())
         right[f"{regime}, coverage {'1' if held == 4 else '3/4'}, {batches}"] = same
-    need(isinstance(answer, dict) and answer.keys() == right.keys(), "wanted a dict with the four keys of the text")
+    is_dict = isinstance(answer, dict)
+    need(is_dict and answer.keys() == right.keys(), "wanted a dict with the four keys of the text")
     wrong = [case for case in right if answer[case] is not right[case]]
-    need(not wrong, f"{len(wrong)} of the four are not so")
+    need(not wrong, f"{len(wrong)} of the four wrong")
 
 
 def masks(function):
     """Code: a mask function.
 
-    The first and the last block matter most, people say.  Write masks at block level in which all subnets hold the first
-    and the last block whole, and exactly `held` subnets hold each block between.  Of those blocks no subnet may hold over
-    one more than another.  (`branches` is as in model_llama.py.)
+    People say that the first and the last block matter most.  So write masks at block level in which all
+    subnetworks hold these two blocks whole, and exactly `held` subnetworks hold each block between.  Share
+    those out evenly: no subnetwork holds two more of them than another.  (`branches` is as in
+    model_llama.py.)
 
     def masks(branches, n_subnets, held, seed=0): ...
     """
@@ -202,43 +223,54 @@ def masks(function):
             need(bool((mask == mask[0]).all()), f"{case}: the neurons of {name} have different rows")
             twin = made[name.replace("mlp", "self_attn")]
             need(torch.equal(mask[0], twin[0]), f"{case}: block {block} is not held whole")
-            wanted = n_subnets if block in (0, layers - 1) else held
-            need(int(mask[0].sum()) == wanted, f"{case}: {int(mask[0].sum())} subnets hold block {block}, not {wanted}")
-            if block not in (0, layers - 1) and name.endswith("mlp"):
+            at_an_end = block in (0, layers - 1)
+            wanted = n_subnets if at_an_end else held
+            found = int(mask[0].sum())
+            need(found == wanted, f"{case}: {found} subnets hold block {block}, not {wanted}")
+            if not at_an_end and name.endswith("mlp"):
                 carried += mask[0]
-        need(float(carried.max() - carried.min()) <= 1, f"{case}: the subnets hold {carried.int().tolist()} blocks between")
+        uneven = float(carried.max() - carried.min())
+        need(uneven <= 1, f"{case}: the subnets hold {carried.int().tolist()} of the blocks between")
 
 
 def contribution(function):
     """Code: clip by the full model's norm.
 
-    A worker has its averaged gradients as a list of (h, gradient): `gradient` is a 1-D tensor that h workers hold alike.
-    Each worker gives one number to one all-reduce, which adds them up.  The root of the sum must be the norm of the full
-    model's gradient.  (What happens to the replicas if each worker clips by the norm of what it holds?)
+    A worker has its averaged gradients as a list of (h, gradient).  `gradient` is a 1-D tensor, and h workers
+    have the same one.  Each worker gives one number to an all-reduce, which adds the numbers up.  The square
+    root of the sum must be the norm of the full model's gradient.  (Suppose that each worker clips by the
+    norm of what it holds instead.  What happens to the copies of a parameter?)
 
     def contribution(parts): ...     # -> a number
     """
     generator = torch.Generator().manual_seed(0)
-    for workers, sets in (3, [(0, 1), (1, 2), (0, 1, 2)]), (4, [(0,), (1, 2, 3), (0, 3), (0, 1, 2, 3)]), (1, [(0,)]):
+    cases = [
+        (3, [(0, 1), (1, 2), (0, 1, 2)]),
+        (4, [(0,), (1, 2, 3), (0, 3), (0, 1, 2, 3)]),
+        (1, [(0,)]),
+    ]
+    for workers, sets in cases:                                      # sets: who holds each gradient
         grads = [torch.randn(5, generator=generator) for _ in sets]
         total = 0.0
         for worker in range(workers):
-            total += float(function([(len(s), g) for s, g in zip(sets, grads) if worker in s]))
+            parts = [(len(holders), grad) for holders, grad in zip(sets, grads) if worker in holders]
+            total += float(function(parts))
         right = float(torch.cat(grads).norm())
         need(total >= 0 and abs(math.sqrt(total) - right) < 1e-3 * right,
-             f"{workers} workers: the sum is {total:.4f}; its root should be the norm of {len(grads)} gradients")
+             f"{workers} workers: the sum is {total:.4f}; its root is not the norm of {len(grads)} gradients")
 
 
 def all_reduce(function):
     """Code: the masked all-reduce.
 
-    Every worker has a gradient [neurons, 3], with zeros where it holds nothing.  Average it in place, with *one message for
-    each holder set*, and send no neuron to a worker that does not hold it.  Four processes will run your function.
+    Every worker has a gradient [neurons, 3].  The rows of neurons that it does not hold are zeros.  Average
+    the gradient over the holders, in place.  Send *one message for each holder set*, and send no neuron to a
+    worker that does not hold it.  Four processes run your function.
 
         mask      bool [neurons, 4]: who holds which neuron (W = S = 4)
-        groups    {holder set, a sorted tuple: its process group}
-        rank      of this worker
-        send      send(message, group): adds up the tensor `message` over the group, in place
+        groups    {holder set: its process group}; a holder set is a sorted tuple of workers
+        rank      the number of this worker
+        send      send(message, group) adds up the tensor `message` over the group, in place
 
     def all_reduce(grad, mask, groups, rank, send): ...
     """
@@ -251,12 +283,21 @@ def all_reduce(function):
 
 
 def reduce_worker(rank, path, name, folder):
+    """One of the four processes.  Runs the function `name` of the file `path`, and checks what it did."""
     torch.set_num_threads(1)
     function = runpy.run_path(path)[name]
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
     try:
-        mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]]).bool()
-        everybody = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(1)) * mask.T[:, :, None]
+        mask = torch.tensor([
+            [1, 1, 0, 0],
+            [0, 1, 1, 1],
+            [1, 1, 0, 0],
+            [1, 0, 1, 1],
+            [1, 1, 1, 1],
+            [0, 1, 1, 1],
+        ]).bool()
+        generator = torch.Generator().manual_seed(1)
+        everybody = torch.randn(4, 6, 3, generator=generator) * mask.T[:, :, None]       # [workers, 6, 3]
         sets = sorted({tuple(row.nonzero().flatten().tolist()) for row in mask})
         groups = {holders: dist.new_group(holders) for holders in sets}
         sent = []
@@ -268,10 +309,12 @@ def reduce_worker(rank, path, name, folder):
         grad = everybody[rank].clone()
         function(grad, mask, groups, rank, send)
         right = everybody.sum(0) / mask.sum(1, keepdim=True) * mask[:, rank, None]
-        need(torch.allclose(grad, right, atol=1e-6), f"worker {rank} has not the averages of what it holds, and 0 elsewhere")
+        need(torch.allclose(grad, right, atol=1e-6),
+             f"worker {rank} has not the averages of what it holds, and 0 elsewhere")
         mine = sum(rank in holders for holders in sets)
         need(len(sent) == mine, f"worker {rank} sent {len(sent)} messages, but is in {mine} holder sets")
-        need(sum(sent) == grad[mask[:, rank]].numel(), f"worker {rank} sent {sum(sent)} numbers, more or less than it holds")
+        held = grad[mask[:, rank]].numel()
+        need(sum(sent) == held, f"worker {rank} sent {sum(sent)} numbers, but holds {held}")
     finally:
         dist.destroy_process_group()
 
@@ -279,17 +322,19 @@ def reduce_worker(rank, path, name, folder):
 def hang(orders):
     """Pencil: why one global order?
 
-    Three workers, three groups: "01", "12", "02".  Each worker takes part in two all-reduces, and a worker that has begun
-    one waits for the other member.  Find an order for each worker with which all wait for ever.
+    Three workers, 0, 1 and 2, and three groups of two: "01", "12", "02".  Each group has one all-reduce, so
+    each worker takes part in two.  A worker that has begun one waits until the other member begins it too.
+    Find an order for each worker, with which all workers wait for ever.
 
     hang = {0: [two groups], 1: [two groups], 2: [two groups]}
     """
     groups = "01", "12", "02"
-    need(isinstance(orders, dict) and sorted(orders) == [0, 1, 2], "wanted {0: [...], 1: [...], 2: [...]}")
+    is_dict = isinstance(orders, dict)
+    need(is_dict and sorted(orders) == [0, 1, 2], "wanted {0: [...], 1: [...], 2: [...]}")
     left = {}
     for worker, order in orders.items():
-        need(sorted(order) == sorted(group for group in groups if str(worker) in group),
-             f"worker {worker} has to go once through each of its groups")
+        its_groups = sorted(group for group in groups if str(worker) in group)
+        need(sorted(order) == its_groups, f"worker {worker} must go once through each of its groups")
         left[worker] = list(order)
     moved = True
     while moved:
@@ -303,11 +348,14 @@ def hang(orders):
     need(all(left.values()), "with these orders it does not hang")
 
 
-EXERCISES = [averages, shares, bytes_sent, offsets, updates, equal_to_dense, masks, contribution, all_reduce, hang]
+EXERCISES = [
+    averages, shares, bytes_sent, offsets, updates,
+    equal_to_dense, masks, contribution, all_reduce, hang,
+]
 
 
 def check(number, answers):
-    """-> "right", or what is missing.  answers: {name: value}."""
+    """Returns "right", or what is missing.  answers: {name: value}."""
     exercise = EXERCISES[number - 1]
     if exercise.__name__ not in answers:
         return f"no answer yet: answers.py has no {exercise.__name__}"

@@ -1,9 +1,9 @@
 """
 Draws figures (needs matplotlib).
 
-    python experiments/figures.py             those of README and RESULTS, into figures/
+    python experiments/figures.py             the figures of README and RESULTS, into figures/
     python experiments/figures.py step        one of them
-    python experiments/figures.py RUN...      runs of your own, folders with a metrics.jsonl, into runs.png here
+    python experiments/figures.py RUN...      your own runs (folders with a metrics.jsonl), into runs.png here
 """
 
 import json
@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 
 
 def step():
-    """One step of the method: four workers, what each holds, the holder sets, the averages."""
+    """One step of the method: four workers, what each holds, the averages, the holder sets."""
     n = 4
     rows = ["shared\nembedding, head", *(f"block {i}" for i in range(n))]
     colours = ["#757575", "#1b6ca8", "#c2571a", "#2f7d4f", "#7b4f9d"]
@@ -37,23 +37,27 @@ def step():
         axis.plot([1.25 * holders[0], 5.3], [y, y], color=colour, linewidth=2.5, zorder=1)
         for worker in range(n):
             held = worker in holders
-            box = plt.Rectangle((1.25 * worker - 0.42, y - 0.33), 0.84, 0.66, zorder=2, linewidth=1.2,
-                                facecolor=colour if held else "white", edgecolor=colour if held else "#aaaaaa",
-                                linestyle="-" if held else ":")
-            axis.add_patch(box)
-            sign = f"$g_{{{worker}}}$" if held else "not held"
-            axis.text(1.25 * worker, y, sign, ha="center", va="center", zorder=3, fontsize=12 if held else 7,
-                      color="white" if held else "#777777")
+            if held:
+                box_style = dict(facecolor=colour, edgecolor=colour, linestyle="-")
+                sign = f"$g_{{{worker}}}$"
+                sign_style = dict(fontsize=12, color="white")
+            else:
+                box_style = dict(facecolor="white", edgecolor="#aaaaaa", linestyle=":")
+                sign = "not held"
+                sign_style = dict(fontsize=7, color="#777777")
+            corner = 1.25 * worker - 0.42, y - 0.33
+            axis.add_patch(plt.Rectangle(corner, 0.84, 0.66, zorder=2, linewidth=1.2, **box_style))
+            axis.text(1.25 * worker, y, sign, ha="center", va="center", zorder=3, **sign_style)
         total = " + ".join(f"g_{{{worker}}}" for worker in holders)
         axis.annotate("", (5.4, y), (5.2, y), arrowprops=dict(arrowstyle="-|>", color=colour, linewidth=2.5))
         axis.text(5.5, y, f"$g = ({total})\\,/\\,{len(holders)}$", va="center", color=colour, fontsize=12)
         axis.text(8.75, y, "{" + ", ".join(map(str, holders)) + "}", va="center", ha="center", color=colour)
     axis.text(5.5, 1.55, "averaged gradient", weight="bold")
     axis.text(8.75, 1.55, "holder set", weight="bold", ha="center")
-    axis.text(-1.9, -5.0, "1.  Down each column: a worker runs its subnetwork forward and backward, on its own batch.\n"
-              "2.  Along each row: those who hold a block average its gradient, in one message.\n"
-              "3.  Every holder updates its copy by the same average, so the copies stay equal.",
-              va="top", fontsize=10, linespacing=1.6)
+    text = ("1.  Down each column: a worker runs its subnetwork forward and backward, on its own batch.\n"
+            "2.  Along each row: those who hold a block average its gradient, in one message.\n"
+            "3.  Every holder updates its copy by the same average, so the copies stay equal.")
+    axis.text(-1.9, -5.0, text, va="top", fontsize=10, linespacing=1.6)
     axis.set_xlim(-2, 9.4)
     axis.set_ylim(-6.5, 1.9)
     axis.axis("off")
@@ -63,7 +67,10 @@ def step():
 
 
 def runs(folders, path="runs.png"):
-    """Loss, validation loss or accuracy, and speed of each run, from its metrics.jsonl."""
+    """The training loss, the validation loss or accuracy, and the speed of each run."""
+    labels = {"loss": "training loss", "val_loss": "validation loss, full model",
+              "val_acc": "validation accuracy, full model", "tokens_per_s": "tokens a second",
+              "images_per_s": "images a second"}
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.8))
     for folder in map(Path, folders):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -71,9 +78,9 @@ def runs(folders, path="runs.png"):
         speed = "tokens_per_s" if any("tokens_per_s" in line for line in lines) else "images_per_s"
         for axis, key in zip(axes, ("loss", score, speed)):
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-            axis.plot(*zip(*points), marker="o" if key == score else None, markersize=3, label=folder.name)
-            axis.set_ylabel({"loss": "training loss", "val_loss": "validation loss, full model",
-                             "val_acc": "validation accuracy, full model"}.get(key, key.replace("_per_s", " a second")))
+            marker = "o" if key == score else None                   # scores are few
+            axis.plot(*zip(*points), marker=marker, markersize=3, label=folder.name)
+            axis.set_ylabel(labels[key])
     for axis in axes:
         axis.set_xlabel("updates")
         axis.spines[["top", "right"]].set_visible(False)
@@ -112,12 +119,12 @@ def masks():
 
 
 def read(name):
-    """Rows of a file in results/, each a dict."""
+    """The rows of a file in results/, each a dict."""
     return [json.loads(line) for line in (HERE / "results" / name).read_text().splitlines()]
 
 
 def memory():
-    """What one worker of llama-1b has in memory at the peak, by plan.py."""
+    """What one worker of llama-1b has in memory at the peak, as plan.py says."""
     last = {row["variant"]: row for row in read("plan.jsonl") if row["model"] == "llama-1b"}
     rows = [row for name, row in last.items() if " at " not in name or name == "sdp at coverage 1"]
     fig, axis = plt.subplots(figsize=(9, 3.4))
@@ -141,7 +148,10 @@ def memory():
 
 
 def best_runs(updates):
-    """{row: its runs of so many updates, at the learning rate that was best on seed 0 at 250 updates}."""
+    """{row: [its runs of so many updates]}, at the learning rate that was best on seed 0 at 250 updates.
+
+    A row is a method of training, see quality.py.
+    """
     results = read("quality.jsonl")
     out = {}
     for name in dict.fromkeys(row["row"] for row in results):
@@ -149,9 +159,10 @@ def best_runs(updates):
         searched = [row for row in results if (row["row"], row["updates"], row["seed"]) == (source, 250, 0)]
         if searched:
             lr = min(searched, key=validation_loss)["lr"]
-            runs_here = [row for row in results if (row["row"], row["updates"], row["lr"]) == (name, updates, lr)]
-            if runs_here:
-                out[name] = runs_here
+            wanted = name, updates, lr
+            found = [row for row in results if (row["row"], row["updates"], row["lr"]) == wanted]
+            if found:
+                out[name] = found
     return out
 
 
@@ -159,12 +170,15 @@ def validation_loss(row):
     return row["val_loss"]
 
 
-LOOKS = {"ddp": ("DDP", "black"), "block-6-flops": ("SDP forward block 6/8", "#1b6ca8"),
-         "neuron-6-flops": ("SDP forward neuron 6/8", "#c2571a")}
+LOOKS = {                                                            # row -> label, colour
+    "ddp": ("DDP", "black"),
+    "block-6-flops": ("SDP forward block 6/8", "#1b6ca8"),
+    "neuron-6-flops": ("SDP forward neuron 6/8", "#c2571a"),
+}
 
 
 def flops():
-    """Validation loss of the full model against FLOPs: DDP, and SDP FLOP-matched, by quality.py."""
+    """Validation loss of the full model against FLOPs: DDP, and SDP at equal FLOPs, as quality.py ran."""
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for axis, updates in zip(axes, (250, 1000)):
         for name, rows in best_runs(updates).items():
@@ -186,7 +200,7 @@ def flops():
 
 
 def coverage():
-    """Validation loss against coverage, at equal FLOPs and at equal steps, 250 updates, by quality.py."""
+    """Validation loss against coverage, at equal FLOPs and at equal steps, as quality.py ran."""
     rows = best_runs(250)
     fig, axis = plt.subplots(figsize=(6.4, 3.8))
     for level, colour in ("block", "#1b6ca8"), ("neuron", "#c2571a"):
@@ -222,7 +236,8 @@ def main():
     for folder in wanted:
         path = Path(folder, "metrics.jsonl")
         if not path.is_file() or not path.read_text().strip():
-            print(f"error: {folder} is neither a run (it has no metrics.jsonl) nor one of {', '.join(FIGURES)}",
+            names = ", ".join(FIGURES)
+            print(f"error: {folder} is neither a run (it has no metrics.jsonl) nor one of {names}",
                   file=sys.stderr)
             return 2
     runs(wanted)

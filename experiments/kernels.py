@@ -3,17 +3,19 @@ How many kernels does one update launch?  On a GPU each costs some 5 microsecond
 
     python experiments/kernels.py [--model llama-134m] [--subnets 8] [--held 6]
 
-Counted by a dispatch mode on one worker, on torch's fake process group, with one short sequence: the counts
-do not depend on the machine.  Views, and tensors that are only allocated, launch nothing.
+One worker runs alone, with one short sequence, and torch's fake process group takes its messages.  A dispatch
+mode sees each operation of torch and counts it.  So the counts do not depend on the machine.  Views, and
+tensors that are only allocated, launch nothing.
 
-The last lines are the fused path (compile=True): kernels of one bucket before and after it travels, `pack` and
-`unpack` of sdp.py, counted in eager mode and in what torch.compile makes of them.
+The last lines are about sdp.py's `pack` and `unpack`, what happens to one bucket before and after it travels.
+They give the kernels in eager mode, and those of the code that torch.compile makes (compile=True).
 """
 
 import argparse
 import json
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +31,10 @@ from plan import alone, hook_without_peers
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.jsonl"
 PHASES = "forward", "backward", "finish", "clip", "step", "refresh"
-FREE = {"_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "wait_tensor"}
+FREE = {                                                    # operations that launch nothing
+    "_unsafe_view", "detach", "empty", "empty_like",
+    "empty_strided", "lift_fresh", "new_empty", "wait_tensor",
+}
 
 
 class Kernels(TorchDispatchMode):
@@ -46,7 +51,7 @@ class Kernels(TorchDispatchMode):
 
 
 def update(module, params, optimizer, sync, tokens):
-    """One update.  -> {phase: number of kernels}"""
+    """Runs one update.  Returns {phase: number of kernels}."""
     counts = {}
 
     def counted(phase, work, *args):
@@ -54,6 +59,7 @@ def update(module, params, optimizer, sync, tokens):
             result = work(*args)
         counts[phase] = sum(kernels.count.values())
         return result
+
     loss = counted("forward", module, tokens, tokens)
     counted("backward", loss.backward)
     if sync is None:
@@ -69,11 +75,11 @@ def update(module, params, optimizer, sync, tokens):
 
 
 def measure(variant, config, masks, make_module):
-    """Counts of an update that is not the first one, and the number of messages."""
+    """A row: the kernels of an update that is not the first one, and the number of messages."""
     with alone(0, sdp.count_subnets(masks)):
         with torch.device("meta"):
             module = make_module()
-        module.to_empty(device="cpu")                       # values do not matter: zeros, which are made fast
+        module.to_empty(device="cpu")                       # values do not matter: zeros are quick to make
         for p in module.parameters():
             p.data.zero_()
         sync = None
@@ -90,9 +96,9 @@ def measure(variant, config, masks, make_module):
         tokens = torch.zeros(1, 16, dtype=torch.int64)
         for p in params:
             p.grad = torch.zeros_like(p)
-        optimizer.step()                                    # an optimizer makes its state in its first step
+        optimizer.step()                                    # it makes its state in its first step
         optimizer.zero_grad()
-        if sync:                                            # what an update refreshes arrives in the next
+        if sync:                                            # refreshed weights arrive in the next update
             update(module, params, optimizer, sync, tokens)
         kernels = update(module, params, optimizer, sync, tokens)
         messages = len(sync.buckets) if sync else 0
@@ -102,59 +108,68 @@ def measure(variant, config, masks, make_module):
 
 
 def count_all(model="llama-134m", n_subnets=8, held=6):
-    """Rows for DDP, for the subnetworks as plain dense models, and for the four variants of SDP."""
+    """Rows for DDP, for subnetworks that train alone without sdp.py, and for the four variants of SDP."""
     config = llama.PRESETS[model]
     branches = llama.branches(config)
-    masks = {level: make(branches, n_subnets, held) for level, make in sdp.MASKS.items()}
+    masks = {level: draw(branches, n_subnets, held) for level, draw in sdp.MASKS.items()}
     counts = {level: sdp.held_counts(masks[level], 0) for level in masks}
-    rows = [measure("ddp", config, masks["block"], lambda: llama.Llama(config))]
+    rows = [measure("ddp", config, masks["block"], partial(llama.Llama, config))]
     for level in masks:
-        rows.append(measure(f"dense-{level}", config, masks[level], lambda: llama.Llama(config, counts[level])))
+        make = partial(llama.Llama, config, counts[level])
+        rows.append(measure(f"dense-{level}", config, masks[level], make))
     for masking in "forward", "backward":
         for level in masks:
-            rows.append(measure(f"sdp-{masking}-{level}", config, masks[level],
-                                lambda: llama.Llama(config, counts[level], masking == "backward")))
+            make = partial(llama.Llama, config, counts[level], masking == "backward")
+            rows.append(measure(f"sdp-{masking}-{level}", config, masks[level], make))
     return rows
 
 
 def count_fused():
-    """[{"variant", "eager", "compiled"}]: kernels of `pack` and `unpack`, for float32 and bfloat16 messages."""
+    """Rows for `pack` and `unpack`, with float32 and with bfloat16 messages: numbers of kernels."""
     rows = []
     for dtype in torch.float32, torch.bfloat16:
-        gradients, share = torch.ones(1000), torch.tensor(0.5)
-        work = {"pack": (sdp.pack, (gradients, share, dtype)),
-                "unpack": (sdp.unpack, (gradients.to(dtype), torch.float32))}
+        gradients = torch.ones(1000)
+        share = torch.tensor(0.5)
+        work = {
+            "pack": (sdp.pack, (gradients, share, dtype)),
+            "unpack": (sdp.unpack, (gradients.to(dtype), torch.float32)),
+        }
         for name, (function, args) in work.items():
             with Kernels() as kernels:
                 function(*args)
             torch._dynamo.reset()
             torch._inductor.metrics.reset()
             torch.compile(function, dynamic=True)(*args)
-            rows.append({"variant": f"{name} {dtype}".replace("torch.", ""), "eager": sum(kernels.count.values()),
-                         "compiled": torch._inductor.metrics.generated_kernel_count})
+            rows.append({
+                "variant": f"{name} {dtype}".replace("torch.", ""),
+                "eager": sum(kernels.count.values()),
+                "compiled": torch._inductor.metrics.generated_kernel_count,
+            })
     return rows
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(llama.PRESETS), default="llama-134m")
-    parser.add_argument("--subnets", type=int, default=8)
-    parser.add_argument("--held", type=int, default=6, help="holders of each neuron [%(default)s]")
-    args = parser.parse_args()
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", choices=list(llama.PRESETS), default="llama-134m")
+    p.add_argument("--subnets", type=int, default=8)
+    p.add_argument("--held", type=int, default=6, help="holders of each neuron [%(default)s]")
+    args = p.parse_args()
     rows = count_all(args.model, args.subnets, args.held)
     ddp = sum(rows[0]["kernels"].values())
-    print(f"{'':22}" + "".join(f"{phase:>10}" for phase in PHASES) + f"{'sum':>8}{'of DDP':>8}{'messages':>10}")
+    phases = "".join(f"{phase:>10}" for phase in PHASES)
+    print(f"{'':22}{phases}{'sum':>8}{'of DDP':>8}{'messages':>10}")
     for row in rows:
+        cells = "".join(f"{row['kernels'][phase]:10}" for phase in PHASES)
         total = sum(row["kernels"].values())
-        print(f"{row['variant']:22}" + "".join(f"{row['kernels'][phase]:10}" for phase in PHASES)
-              + f"{total:8}{total / ddp:8.2f}{row['messages']:10}")
+        print(f"{row['variant']:22}{cells}{total:8}{total / ddp:8.2f}{row['messages']:10}")
     fused = count_fused()
     print("\na bucket" + " " * 16 + "eager  compiled")
     for row in fused:
         print(f"{row['variant']:22}{row['eager']:7}{row['compiled']:10}")
     with open(RESULTS, "w") as f:
         for row in rows + fused:
-            f.write(json.dumps({"model": args.model, "subnets": args.subnets, "held": args.held, **row}) + "\n")
+            line = {"model": args.model, "subnets": args.subnets, "held": args.held, **row}
+            f.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

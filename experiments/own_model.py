@@ -1,22 +1,24 @@
 """
-Somebody else's GPT under sdp.py: what has to be said about it, and what has to be split.
+Somebody else's GPT under sdp.py: what you must split, and what you must tell sdp.py about the model.
 
     python experiments/own_model.py                                        all workers in one process
     torchrun --standalone --nproc-per-node=4 experiments/own_model.py      the same on real workers
 
-The model is in the manner of nanoGPT: fused q, k and v, biases, an embedding tied to the head, a causal mask in a buffer.
-It is here twice: `Original`, and `GPT`, which can be built at any held size.  Five things had to be done:
+The model is in the manner of nanoGPT.  One matrix makes q, k and v.  Layers have biases.  The embedding and
+the head are tied: they are one parameter.  A buffer has the causal mask.  You find the model here twice:
+`Original`, and `GPT`, which you can build with some of the neurons.  (A neuron is a head or a hidden unit.)
+Five things had to be done:
 
-    1. A neuron must own equal, consecutive rows (or columns) of each parameter.  c_attn has all q, then all k, then all v,
-       so the rows of one head are in three places.  Split it into q, k and v.
-    2. The bias of q, k, v or c_fc has one number a row, and is cut like the rows.  The bias of a branch's *output* is not a
-       sum over neurons.  It belongs to the branch as a whole, like the norm: add it once, outside of held and rest.
+    1. A neuron must own equal, consecutive rows (or columns) of each parameter.  c_attn has all q, then all
+       k, then all v, so the rows of one head are in three places.  Split it into q, k and v.
+    2. The bias of q, k, v or c_fc has one number a row.  Cut it like the rows.  The bias of a branch's
+       *output* is not a sum over neurons.  Like the norm, it belongs to the branch as a whole: add it once.
     3. A tied parameter is one shared parameter.  Only its first name is in the layout.
-    4. A buffer that is constant gets persistent=False.  (state_dict() has then only what is averaged.)
-    5. A module with such a buffer is built on its device.  materialize() brings parameters, but not buffers, so a buffer
-       that was made on the meta device would never have values.
+    4. A constant buffer gets persistent=False.  Then state_dict() has only what sdp.py averages.
+    5. Build a module with such a buffer on the CPU.  sdp.materialize() raises ValueError for a buffer on the
+       meta device.
 
-`check_layout` finds out whether a layout is true.  Run it on your own model before you train.
+`check_layout` says whether a layout is true of the model.  Run it on your own model before you train.
 """
 
 import copy
@@ -32,15 +34,20 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sdp
 
-VOCAB, LENGTH, WIDTH, HEADS, HIDDEN, BLOCKS = 256, 32, 32, 4, 64, 4      # bytes; positions; d; heads; hidden units; blocks
+VOCAB = 256                                                          # a token is a byte
+LENGTH = 32                                                          # positions
+WIDTH = 32                                                           # d
+HEADS = 4                                                            # of a block
+HIDDEN = 64                                                          # hidden units of a block
+BLOCKS = 4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model as it was.  Shapes: B sequences, T tokens, d = WIDTH
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# The model as it was.  In shapes: B sequences, T tokens, h numbers a head, V = VOCAB
+# ------------------------------------------------------------------------------------------------------------
 
 def attention(q, k, v, heads, causal):
-    """q, k, v [B, T, heads * h] -> [B, T, heads * h]"""
+    """q, k, v [B, T, heads * h] -> [B, T, heads * h].  causal: bool [LENGTH, LENGTH]"""
     q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))          # [B, heads, T, h]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal[:q.shape[2], :q.shape[2]])
     return y.transpose(1, 2).flatten(2)
@@ -50,7 +57,7 @@ class OriginalBlock(nn.Module):
     def __init__(self):
         super().__init__()
         self.ln_1 = nn.LayerNorm(WIDTH)
-        self.c_attn = nn.Linear(WIDTH, 3 * WIDTH)                    # fused: all q, then all k, then all v
+        self.c_attn = nn.Linear(WIDTH, 3 * WIDTH)                    # all q, then all k, then all v
         self.attn_proj = nn.Linear(WIDTH, WIDTH)
         self.ln_2 = nn.LayerNorm(WIDTH)
         self.c_fc = nn.Linear(WIDTH, HIDDEN)
@@ -64,7 +71,7 @@ class OriginalBlock(nn.Module):
 
 
 class Original(nn.Module):
-    """The dense model, in which nothing was changed."""
+    """The dense model: it has all neurons, and nothing was changed in it."""
 
     def __init__(self):
         super().__init__()
@@ -81,12 +88,14 @@ class Original(nn.Module):
         for block in self.h:
             x = block(x)
         logits = self.lm_head(self.ln_f(x))
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The model as sdp.py needs it: a branch with n of its neurons is a module of its own
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
     """n heads."""
@@ -119,12 +128,14 @@ class MLP(nn.Module):
 
 
 class Branch(nn.Module):
-    """x + scale * (part(norm(x)) + rest.part(norm(x))) + bias.  What is no sum over neurons stands here, once.
+    """x + scale * (part(norm(x)) + rest.part(norm(x))) + bias
 
-    part has the `held` neurons.  rest.part has `rest` others, frozen (backward masking).  sdp.py knows it by `rest` in its
-    path: it cuts h.0.attn.rest.part.q.weight out of the full model's h.0.attn.part.q.weight.
+    `part` has the `held` neurons.  Under backward masking, `rest.part` has the other `rest` neurons, frozen.
+    sdp.py knows frozen parameters by the word rest in their path.  It cuts h.0.attn.rest.part.q.weight out of
+    the full model's h.0.attn.part.q.weight.
 
-    The bias is not scaled: a worker that holds few heads has the whole bias.
+    Norm and bias are no sums over neurons, so they stand here, once.  The scale leaves out the bias: even a
+    worker that holds few heads has the whole bias.
     """
 
     def __init__(self, make, held, rest, scale):
@@ -150,7 +161,10 @@ class Branch(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model with `held` {branch: neurons} built; by default all.  backward, scales: as in model_llama.py."""
+    """The model with `held` {branch: number of neurons}, or with all.
+
+    backward, scales: as in model_llama.py.
+    """
 
     def __init__(self, held=None, backward=False, scales=None):
         super().__init__()
@@ -158,26 +172,28 @@ class GPT(nn.Module):
         def branch(name, make):
             neurons = BRANCHES[name][1]
             here = neurons if held is None else held[name]
-            return Branch(make, here, neurons - here if backward else 0, scales[name] if scales else 1.0)
+            rest = neurons - here if backward else 0
+            scale = scales[name] if scales else 1.0
+            return Branch(make, here, rest, scale)
 
         self.wte = nn.Embedding(VOCAB, WIDTH)
         self.wpe = nn.Embedding(LENGTH, WIDTH)
         self.h = nn.ModuleList(nn.Sequential() for _ in range(BLOCKS))
         for i, block in enumerate(self.h):
-            block.attn = branch(f"h.{i}.attn", Attention)            # nn.Sequential runs its children in order
+            block.attn = branch(f"h.{i}.attn", Attention)            # the Sequential runs attn, then mlp
             block.mlp = branch(f"h.{i}.mlp", MLP)
         self.ln_f = nn.LayerNorm(WIDTH)
         self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)
         self.lm_head.weight = self.wte.weight
 
-    forward = Original.forward                                       # nothing to change there
+    forward = Original.forward                                       # nothing changes there
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What sdp.py has to be told
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# What you must tell sdp.py
+# ------------------------------------------------------------------------------------------------------------
 
-# Branch -> (block, neurons, cost of one neuron).  One kind of cost is enough here: the number of its parameters
+# {branch: (block, number of neurons, cost of one neuron)}.  One cost is enough here: the parameters
 BRANCHES = {}
 for _i in range(BLOCKS):
     BRANCHES[f"h.{_i}.attn"] = _i, HEADS, WIDTH // HEADS * (4 * WIDTH + 3)
@@ -185,7 +201,7 @@ for _i in range(BLOCKS):
 
 
 def layout():
-    """Full name -> (branch or None, dimension its neurons lie along or None, full shape)."""
+    """{full name: (branch or None, dimension along which its neurons lie or None, full shape)}"""
     out = {}
     for name, p in GPT().named_parameters():                         # a tied parameter comes once: see 3
         branch = ".".join(name.split(".")[:3])                       # h.0.attn
@@ -194,12 +210,13 @@ def layout():
         elif ".part." not in name:
             out[name] = branch, None, p.shape                        # norm and bias: of the branch as a whole
         else:
-            out[name] = branch, 1 if name.endswith("proj.weight") else 0, p.shape
+            dim = 1 if name.endswith("proj.weight") else 0           # neurons are columns, or rows
+            out[name] = branch, dim, p.shape
     return out
 
 
 def from_original(state):
-    """Original's state_dict -> the same weights in GPT's names."""
+    """Returns the weights of Original's state_dict under GPT's names."""
     out = {name: tensor for name, tensor in state.items() if not name.startswith("h.")}
     for i in range(BLOCKS):
         h = f"h.{i}."
@@ -216,19 +233,20 @@ def from_original(state):
 
 
 def load_into_original(model, weights):
-    """The way back.  weights: GPT's full parameters by name."""
+    """The way back.  weights: {name in GPT: full parameter}"""
     with torch.no_grad():
-        for name, place in from_original(model.state_dict()).items():        # views of the model's own memory
+        for name, place in from_original(model.state_dict()).items():        # views of the model's memory
             if name != "lm_head.weight":                                     # tied
                 place.copy_(weights[name])
 
 
 @torch.no_grad()
 def check_layout(full, branches, layout, *inputs):
-    """Raises ValueError for a layout that is not true of the full model, which it leaves as it is.
+    """Raises ValueError if the layout is not true of the full model.  The model stays as it is.
 
-    A branch is a sum over its neurons.  So if its neurons change places in all of its parameters at once, the output must
-    stay the same.  It does not if the layout takes one neuron's rows for another's, as in a fused qkv.
+    A branch is a sum over its neurons.  Let the neurons change places, in all parameters at once: the output
+    must stay the same.  It does not if the layout takes one neuron's rows for another's, as it would in
+    c_attn.  inputs: what the model is called with.
     """
     model = copy.deepcopy(full).double().eval()                      # eval: no dropout
     generator = torch.Generator().manual_seed(0)
@@ -239,15 +257,16 @@ def check_layout(full, branches, layout, *inputs):
         for name, (owner, dim, shape) in layout.items():
             if owner == branch and dim is not None:
                 p = model.get_parameter(name)
-                p.copy_(p.roll(shape[dim] // neurons, dim))          # neuron n takes the place of neuron n + 1
+                p.copy_(p.roll(shape[dim] // neurons, dim))          # neuron n goes to the place of n + 1
         if not torch.allclose(model(*inputs), before, rtol=1e-6, atol=1e-9):
-            raise ValueError(f"the layout of branch {branch} is not true: the model's output depends on the order of the "
-                             f"{neurons} neurons.  Is a parameter fused, or missing in the branch, or dim wrong?")
+            raise ValueError(f"the layout of branch {branch} is not true: the output depends on the order of "
+                             f"its {neurons} neurons.  Is a parameter fused, missing in the branch, or its "
+                             f"dimension wrong?")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training it
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 TEXT = torch.frombuffer(bytearray(Path(sdp.__file__).read_bytes()), dtype=torch.uint8).long()
 
@@ -265,12 +284,13 @@ def first_model():
 
 
 def train_dense(steps, workers, one_batch=False):
-    """The dense model on the workers' batches.  -> the model and its training losses."""
+    """Trains the dense model on the workers' batches.  -> the model, and its loss in each step."""
     model = first_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
     losses = []
     for step in range(steps):
-        parts = [model(*batch(step, 0 if one_batch else worker)) for worker in range(workers)]
+        batches = [batch(step, 0 if one_batch else worker) for worker in range(workers)]
+        parts = [model(tokens, targets) for tokens, targets in batches]
         loss = torch.stack(parts).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -281,11 +301,15 @@ def train_dense(steps, workers, one_batch=False):
 
 
 def train_sdp(steps, masks, backward, one_batch=False):
-    """GPT under sdp.py: real workers under torchrun, else all in one process.  -> the full model and its training losses."""
+    """Trains GPT with sdp.py: on real workers under torchrun, else all workers in one process.
+
+    -> the full model, and the mean loss of the workers in each step.
+    """
     n_subnets = sdp.count_subnets(masks)
 
-    def build(subnet):                                               # on the CPU, not on the meta device: see 5
-        return GPT(sdp.held_counts(masks, subnet), backward, None if backward else sdp.branch_scales(masks, subnet))
+    def build(subnet):                                               # on the CPU: see 5
+        scales = None if backward else sdp.branch_scales(masks, subnet)
+        return GPT(sdp.held_counts(masks, subnet), backward, scales)
 
     value = from_original(first_model().state_dict()).__getitem__    # full name -> full tensor
     if dist.is_initialized():
@@ -293,12 +317,13 @@ def train_sdp(steps, masks, backward, one_batch=False):
         module = sdp.materialize(build(subnet), masks, layout(), subnet, value)
         sync = sdp.SubnetDataParallel(module, masks, layout(), backward=backward)
     else:
-        sync = sdp.Simulation([build(subnet) for subnet in range(n_subnets)], masks, layout(), value)
+        modules = [build(subnet) for subnet in range(n_subnets)]
+        sync = sdp.Simulation(modules, masks, layout(), value)
     optimizer = torch.optim.AdamW([run.param for run in sync.runs], lr=1e-3, weight_decay=0)
     losses = []
     for step in range(steps):
         mine = 0.0
-        for worker in sync.workers:                                  # one, or all of them
+        for worker in sync.workers:                                  # this process's: one, or all of them
             loss = sync.run(worker, *batch(step, 0 if one_batch else worker))
             loss.backward()
             mine += loss.item()
@@ -316,8 +341,14 @@ def train_sdp(steps, masks, backward, one_batch=False):
 
 @torch.no_grad()
 def full_loss(model):
-    """Of the dense model, on batches that no worker had."""
+    """Mean loss of the dense model on batches that no worker had."""
     return sum(model(*batch("validation", i)).item() for i in range(16)) / 16
+
+
+def say(text):
+    """Prints on worker 0 only."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text)
 
 
 def main():
@@ -325,23 +356,27 @@ def main():
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     workers = dist.get_world_size() if dist.is_initialized() else 4
-    talk = print if not dist.is_initialized() or dist.get_rank() == 0 else str
     check_layout(GPT(), BRANCHES, layout(), batch(0, 0)[0])
-    talk("the layout is true\n")
+    say("the layout is true\n")
     held = max(1, workers * 3 // 4)
-    masks = {"block": sdp.block_masks(BRANCHES, workers, held), "neuron": sdp.neuron_masks(BRANCHES, workers, held)}
+    masks = {
+        "block": sdp.block_masks(BRANCHES, workers, held),
+        "neuron": sdp.neuron_masks(BRANCHES, workers, held),
+    }
     steps = 100
-    talk(f"{workers} workers, coverage {held}/{workers}, {steps} updates            training loss      full model")
+    say(f"{workers} workers, coverage {held}/{workers}, {steps} updates"
+        "            training loss      full model")
     for one_batch in True, False:
         name = "one batch for all workers" if one_batch else "own batches"
         model, losses = train_dense(steps, workers, one_batch)
-        talk(f"{name:26} dense                {losses[-1]:13.6f}  {full_loss(model):14.6f}")
+        say(f"{name:26} dense                {losses[-1]:13.6f}  {full_loss(model):14.6f}")
         for backward in True, False:
             for level, mask in masks.items():
                 model, losses = train_sdp(steps, mask, backward, one_batch)
                 kind = f"{'backward' if backward else 'forward'} {level}"
-                talk(f"{name:26} {kind:20} {losses[-1]:13.6f}  {full_loss(model):14.6f}")
-    talk("\nBackward masking with one batch for all workers is dense training.  The rest is near it, not equal to it.")
+                say(f"{name:26} {kind:20} {losses[-1]:13.6f}  {full_loss(model):14.6f}")
+    say("\nBackward masking with one batch for all workers is dense training."
+        "  The rest is near it, not equal to it.")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -58,12 +58,8 @@ def flags(description, results):
     """The flags that plan.py and bench.py share."""
     p = train.shared_flags(description)
     p.set_defaults(parallel="sdp", masking="forward", steps=None, eval_every=None, zero1=False)
-    p.add_argument(
-        "--results",
-        type=Path,
-        default=HERE / "results" / results,
-        help="rows are appended there [%(default)s]",
-    )
+    path = HERE / "results" / results
+    p.add_argument("--results", type=Path, default=path, help="rows are appended there [%(default)s]")
     return p
 
 
@@ -109,9 +105,8 @@ class Sharded:
         for group in (before, *([path] for path in blocks), behind):
             modules = [model.get_submodule(path) for path in group]
             # What lies behind the blocks is needed again at once: to free it would only cost a message
-            fully_shard(
-                modules, mesh=mesh, reshard_after_forward=reshard and group != behind, mp_policy=policy
-            )
+            free = reshard and group != behind
+            fully_shard(modules, mesh=mesh, reshard_after_forward=free, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
         self.runs = [sdp.Run(name, (0,), p.numel(), name, p) for name, p in model.named_parameters()]
 
@@ -420,18 +415,14 @@ def say_rows(rows):
 
     first = rows[0]
     times = f"{'step, ms (range)':>31}" if "step_ms" in first else f"{'communicators':>16}"
-    say(
-        f"\n  {'one worker, one update':24}"
-        + "".join(f"{name:>16}" for name in ("params", "FLOPs", "peak, B", "sent, B"))
-        + times
-    )
+    names = "".join(f"{name:>16}" for name in ("params", "FLOPs", "peak, B", "sent, B"))
+    say(f"\n  {'one worker, one update':24}{names}{times}")
     for row in rows:
         cells = "".join(f"{si(x):>10}{x / max(1, ddp):>6.0%}" for x, ddp in zip(figures(row), figures(first)))
         if "step_ms" in row:
             low, high = row["step_ms_range"]
-            cells += (
-                f"{row['step_ms']:10.0f} ({low:.0f} - {high:.0f})".ljust(24) + f"{row['step_ratio']:7.1%}"
-            )
+            cells += f"{row['step_ms']:10.0f} ({low:.0f} - {high:.0f})".ljust(24)
+            cells += f"{row['step_ratio']:7.1%}"
         else:
             cells += f"{row['communicators']:16}"
         say(f"  {row['variant']:24}{cells}")
@@ -457,12 +448,8 @@ def main(argv=None):
     for name, design in all_designs.items():
         rows.append(planned(name, design, world, batch, device))
         left = (time.monotonic() - since) / len(rows) * (len(all_designs) - len(rows))
-        print(
-            f"  {len(rows)} of {len(all_designs)} variants, {left / 60:.1f} min left",
-            end="\r",
-            file=sys.stderr,
-            flush=True,
-        )
+        progress = f"  {len(rows)} of {len(all_designs)} variants, {left / 60:.1f} min left"
+        print(progress, end="\r", file=sys.stderr, flush=True)
     say()
     say_rows([row for row in rows if "at " not in row["variant"] or row["variant"] == "sdp at coverage 1"])
 
@@ -474,9 +461,9 @@ def main(argv=None):
         say(f"  {coverage}: {si(peak)}B, {saved[coverage]:4.0%} less than ddp")
     for wanted in 0.28, 0.60:
         enough = [coverage for coverage, part in saved.items() if part >= wanted]
-        where = (
-            f"at coverage {enough[-1]} or below" if enough else "at none; what all workers hold is too much"
-        )
+        where = "at none; what all workers hold is too much"
+        if enough:
+            where = f"at coverage {enough[-1]} or below"
         say(f"  {wanted:.0%} less: {where}")
     append(args.results, args, rows)
 

@@ -4,19 +4,21 @@ Does Subnetwork Data Parallelism keep the quality of plain data parallelism?
 Trains many small LLaMAs on text, by different methods, and compares the validation loss of the *full* models:
 
     python experiments/quality.py --list                        the rows, one a method
-    python experiments/quality.py                               all rows, in order of worth; hours on one core
+    python experiments/quality.py                               all rows, the important first; hours on a core
     python experiments/quality.py ddp 'block-6*' --updates 250  some rows (patterns as in a shell), one length
     python experiments/quality.py --table                       mean and standard deviation of what is there
 
-One line a run is appended to experiments/results/quality.jsonl, and a run that is there is not done again:
-stop this script at any time, and start it again to go on.
+Each run appends one line to experiments/results/quality.jsonl.  The script does not repeat a run that is
+there.  So you can stop it at any time, and start it again to go on.
 
-Rules, the same for every row.  The learning rate is searched on seed 0 at 250 updates, in steps of a factor
-2, until both neighbours of the best are worse.  The best serves all seeds and lengths.  "N updates" is the
-length of the plain run; a row whose name ends in -flops gets as many more updates, and as much longer a
-schedule, as its workers can do with the same FLOPs, on average over the workers.  All workers have equal
-batches.  Rows called resnet-... are ResNet-18s of a quarter of the usual width on `shapes`, synthetic images.
-All others are LLaMAs of eight layers on the source of Python's standard library, byte by byte.
+The rules are the same for every row.  The script searches the learning rate on seed 0 at 250 updates.  It
+goes in steps of a factor 2, until both neighbours of the best rate are worse.  All seeds and lengths use the
+best.  A length of N updates means N updates of plain data parallelism.  A row whose name ends in -flops gets
+more updates: as many as its workers, on average, can do with the same FLOPs.  Its schedule is as much
+longer.  All workers have batches of the same size.
+
+Rows called resnet-... are ResNet-18s of a quarter of the usual width, on synthetic images (`shapes`).  All
+others are LLaMAs, most of eight layers, on the source of Python's standard library, byte by byte.
 """
 
 import argparse
@@ -68,16 +70,16 @@ class Row:
     workers: int = WORKERS
     batch: int = 2              # sequences or images of each worker in an update
     layers: int = 8
-    draw: str = "balanced"      # random: any k holders; coin: each subnet holds it with probability k/S
-    redraw: int = 0             # masks are drawn anew every so many updates; 0: never
+    draw: str = "balanced"      # random: any k holders; coin: each subnet is one with probability k/S
+    redraw: int = 0             # new masks after every so many updates; 0: never
     ends: bool = False          # all subnets hold the first and the last block
     warmup: float = 0.2         # part of the run in which the learning rate rises
     zero_init: bool = False     # o_proj and down_proj begin with zeros, whatever the scale
-    lr_of: str = ""             # the row whose learning rate this one takes over; "": it has its own search
+    lr_of: str = ""             # the row whose learning rate this one takes; "": it has its own search
 
 
 def rows():
-    """{name: Row}, in order of worth."""
+    """{name: Row}, the important ones first."""
     out = {"ddp": Row()}
     for held in 6, 7, 5, 4:
         for level in "block", "neuron":
@@ -117,14 +119,17 @@ def rows():
 
 
 def config_of(row):
-    """A run should take a minute: 0.4 million parameters in the LLaMA's layers, 0.7 million in the ResNet."""
+    """The model's sizes.  They are small, so that a run takes a minute.
+
+    The LLaMA's layers have 0.4 million parameters, the ResNet has 0.7 million.
+    """
     if row.model == "resnet":
         return resnet.ResNetConfig(widths=(16, 32, 64, 128))
     return llama.LlamaConfig(256, 64, 192, row.layers, 4, 4, SEQ_LEN)
 
 
 def masks_of(row, branches, seed, drawing):
-    """The masks {branch: bool [neurons, S]} of a row; drawing 0, 1, ... are different ones."""
+    """The masks {branch: bool [neurons, S]} of a row.  Each drawing, 0, 1, ..., has others."""
     if row.draw == "balanced":
         masks = sdp.MASKS[row.level](branches, row.subnets, row.held, seed + 1000 * drawing)
     else:
@@ -150,11 +155,11 @@ def masks_of(row, branches, seed, drawing):
 # ------------------------------------------------------------------------------------------------------------
 
 class Dense:
-    """All workers of forward masking in one pass of the full model, quicker here than a pass for each.
+    """All workers of forward masking in one pass of the full model.  Here it is quicker than a pass for each.
 
-    The neurons that a worker does not hold are multiplied by 0 before the branch adds them up, in that
-    worker's rows of the batch, and the others by the branch's scale.  It saves nothing, and computes what
-    sdp.Simulation computes: see the tests.  Without masks it is plain data parallelism.
+    Each worker has its rows of the batch.  There, before a branch adds up its neurons, a factor multiplies
+    each of them: 0 if the worker does not hold the neuron, else the branch's scale.  This saves no FLOPs.
+    It computes what sdp.Simulation computes: see the tests.  Without masks it is plain data parallelism.
     """
 
     def __init__(self, config, workers, seed):
@@ -164,7 +169,7 @@ class Dense:
         value = sdp.fresh(self.layout, partial(llama.init, config), seed)
         for name, p in self.parameters.items():
             p.data.copy_(value(name))
-        self.factors = None                          # {branch: [workers, neurons]}; None: no masks
+        self.factors = None                                          # or {branch: [workers, neurons]}
         for branch in llama.branches(config):
             last = "o_proj" if branch.endswith("self_attn") else "down_proj"
             adds_up = self.model.get_submodule(f"{branch}.{last}")
@@ -202,7 +207,7 @@ class Dense:
             self.holders[name] = holders.clamp(min=1)                # coins may leave a block to nobody
 
     def update(self, batches):
-        """Gradients, averaged over the holders; returns the mean loss.  batches: one of each worker."""
+        """Makes the gradients, averaged over the holders.  Returns the mean loss.  batches: one a worker."""
         x, y = (torch.cat(parts) for parts in zip(*batches))
         loss = self.model(x, y)
         loss.backward()
@@ -226,7 +231,7 @@ class Dense:
 
     @torch.no_grad()
     def validate(self, batches, calibration=None, factor=1.0):
-        """Loss of the full model, whose branches are multiplied by `factor`."""
+        """Loss of the full model, if `factor` multiplies its branches."""
         factors, self.factors = self.factors, None
         for layer in self.model.model.layers:
             layer.scales = [factor, factor]
@@ -288,7 +293,7 @@ def everything(branches):
 
 
 def subnetwork(row, held):
-    """A subnetwork on the meta device, without scales: for FLOPs, or where there are none."""
+    """A subnetwork on the meta device, without scales of its branches."""
     with torch.device("meta"):
         if row.model == "resnet":
             return resnet.ResNet(config_of(row), held, row.backward)
@@ -323,12 +328,12 @@ def optimizer_of(row, parameters, lr):
 
 
 def train(row, updates, seed, lr, dataset, report):
-    """One run.  Returns what goes into the result file.  Calls report(step, steps, seconds) as it goes."""
+    """One run.  Calls report(step, steps, seconds) after each step.  Returns what the result file gets."""
     config = config_of(row)
     branches = FAMILY[row.model].branches(config)
     masks = masks_of(row, branches, seed, 0) if row.level else everything(branches)
     flops = flops_of(row, masks)
-    if row.draw == "coin":                                           # the mean over many draws
+    if row.draw == "coin":                                           # as many as balanced ones on average
         flops = flops_of(row, masks_of(replace(row, draw="balanced"), branches, seed, 0))
     plain = rows()["resnet-ddp" if row.model == "resnet" else "ddp"]
     ddp_flops = flops_of(plain, everything(FAMILY[row.model].branches(config_of(plain))))
@@ -357,7 +362,7 @@ def train(row, updates, seed, lr, dataset, report):
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, steps, lr, row.warmup)
         workers.update([dataset.batch("train", step, worker, row.workers) for worker in range(row.workers)])
-        if row.model == "llama":                     # image recipes do not clip
+        if row.model == "llama":                                     # image recipes do not clip
             nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -369,7 +374,7 @@ def train(row, updates, seed, lr, dataset, report):
               "samples": steps * row.workers * row.batch, "seconds": round(seconds, 1),
               "torch": torch.__version__}
     if isinstance(workers, Dense):
-        # Are the full model's branches as large as they should be?  Then no other factor is better than 1
+        # If the full model's branches have the right scale, no other factor is better than 1
         result["at_factor"] = {}
         for factor in 0.8, 0.9, 1.1:
             result["at_factor"][str(factor)] = round(workers.validate(val, factor=factor), 5)
@@ -384,7 +389,10 @@ def train(row, updates, seed, lr, dataset, report):
 
 
 def schedule(step, steps, peak, warmup):
-    """Warm-up over the given part of the run, then a cosine down to a tenth of the peak."""
+    """The learning rate.
+
+    It rises over the part `warmup` of the run.  Then it falls, as a cosine, to a tenth of the peak.
+    """
     warm = max(1, round(steps * warmup))
     if step < warm:
         return peak * (step + 1) / warm
@@ -392,11 +400,11 @@ def schedule(step, steps, peak, warmup):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What there is, and what is to be done
+# Results: what there is, and what is missing
 # ------------------------------------------------------------------------------------------------------------
 
 def read(path):
-    """Result lines [dict].  A last line that was cut off is left out."""
+    """The result lines, each a dict.  Leaves out a line that was cut off."""
     lines = path.read_text().splitlines() if path.exists() else []
     out = []
     for line in lines:
@@ -410,18 +418,24 @@ def read(path):
 def append(path, line):
     """Adds a result, on a line of its own even where the line before was cut off."""
     text = path.read_text() if path.exists() else ""
+    cut_off = text and not text.endswith("\n")
     with open(path, "a") as f:
-        f.write("\n" * (not text.endswith("\n") and bool(text)) + json.dumps(line) + "\n")
+        if cut_off:
+            f.write("\n")
+        f.write(json.dumps(line) + "\n")
 
 
 def losses(results, name, updates):
-    """{(seed, lr): validation loss} of a row at a length."""
+    """{(seed, lr): validation loss} of the row `name` at a length."""
     mine = [r for r in results if (r["row"], r["updates"]) == (name, updates)]
     return {(r["seed"], r["lr"]): r["val_loss"] for r in mine}
 
 
 def search(done, first):
-    """done {lr: loss} -> (best lr so far, next to try or None: both neighbours of the best are worse)."""
+    """-> the best lr so far, and the next to try; None if both neighbours of the best are worse.
+
+    done: {lr: loss}; first: where the search begins.
+    """
     if not done:
         return first, first
     best = min(done, key=done.get)
@@ -432,7 +446,7 @@ def search(done, first):
 
 
 def searched(table, name, results, length):
-    """-> row whose search the row `name` relies on, best learning rate so far, next one to try or None."""
+    """-> whose search the row `name` uses, the best learning rate so far, the next one to try or None."""
     source = table[name].lr_of or name
     done = {lr: loss for (seed, lr), loss in losses(results, source, length).items() if seed == 0}
     best, more = search(done, FIRST_LR[table[source].model])
@@ -440,7 +454,7 @@ def searched(table, name, results, length):
 
 
 def missing_runs(table, names, args, results):
-    """[(name, updates, seed, lr)] of what is still to do, in order; lr is None where it is not known yet."""
+    """[(name, updates, seed, lr)] of the runs to do, in order.  lr is None where it is not known yet."""
     out = []
     for updates in args.updates:
         for name in names:
@@ -500,7 +514,7 @@ def main(argv=None):
     torch.set_num_threads(1)
     datasets = {}
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    per_update = 0.0  # seconds, as in the run before
+    per_update = 0.0                                                 # seconds, as in the run before
     while missing := missing_runs(table, names, args, read(args.results)):
         name, updates, seed, lr = missing[0]
         row = table[name]
