@@ -108,8 +108,14 @@ def family(config):
     return (resnet, resnet.ResNet) if isinstance(config, resnet.ResNetConfig) else (llama, llama.Llama)
 
 
+FOUND = {}                                                  # masks: the search for them takes a while
+
+
 def masks_for(config, subnets, held, level, seed=0):
-    return sdp.MASKS[level](family(config)[0].branches(config), subnets, held, seed)
+    key = repr((config, subnets, held, level, seed))
+    if key not in FOUND:
+        FOUND[key] = sdp.MASKS[level](family(config)[0].branches(config), subnets, held, seed)
+    return FOUND[key]
 
 
 def subnetwork(config, masks, subnet, backward, scaled=False):
