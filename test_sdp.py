@@ -10,7 +10,6 @@ What sdp.py refuses is in experiments/test_use.py, how good its masks are in exp
 
 import functools
 import gc
-import itertools
 import multiprocessing
 import pickle
 import shutil
@@ -70,7 +69,10 @@ def _worker(pipe):
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-            gc.collect()                                    # groups live on in cycles, each with its threads
+            for thing in gc.get_objects():
+                if isinstance(thing, sdp.MaskedAllReduce):  # its hooks keep it alive if nobody has closed it,
+                    thing.groups.clear()                    # and each group has threads that wake up often
+            gc.collect()
         pipe.send_bytes(pickle.dumps(result))
 
 
@@ -106,8 +108,14 @@ def family(config):
     return (resnet, resnet.ResNet) if isinstance(config, resnet.ResNetConfig) else (llama, llama.Llama)
 
 
+FOUND = {}                                                  # masks: the search for them takes a while
+
+
 def masks_for(config, subnets, held, level, seed=0):
-    return sdp.MASKS[level](family(config)[0].branches(config), subnets, held, seed)
+    key = repr((config, subnets, held, level, seed))
+    if key not in FOUND:
+        FOUND[key] = sdp.MASKS[level](family(config)[0].branches(config), subnets, held, seed)
+    return FOUND[key]
 
 
 def subnetwork(config, masks, subnet, backward, scaled=False):
@@ -199,19 +207,18 @@ def check_replicas(sync):
     """All holders of an entry have the same bits, and under backward masking so have the frozen copies."""
     if isinstance(sync, sdp.SubnetDataParallel):
         sync.arrive()                                       # the last refresh may be under way
-    mine = []
+    low = {name: torch.full(shape, 2**63 - 1) for name, (_, _, shape) in sync.layout.items()}
+    high = {name: ~t for name, t in low.items()}            # the smallest integer
     for local, slot in sync.slots.items():
-        mine.append((slot.name, slot.dim or 0, slot.rows, sync.module.get_parameter(local).detach()))
-    everybody = [None] * sync.world
-    dist.all_gather_object(everybody, mine)
-    seen = {}                                               # full tensors, NaN where nobody was yet
-    for name, dim, rows, part in itertools.chain(*everybody):
-        full = seen.setdefault(name, torch.full(sync.layout[name][2], torch.nan, dtype=part.dtype))
-        rows = slice(None) if rows is None else rows
-        before = full.movedim(dim, 0)[rows]
-        part = part.movedim(dim, 0)
-        assert part.isfinite().all() and torch.equal(before.where(before.isfinite(), part), part), name
-        full.movedim(dim, 0)[rows] = part
+        p = sync.module.get_parameter(local).detach()
+        bits = p.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]).long()
+        rows = slice(None) if slot.rows is None else slot.rows
+        for full in low[slot.name], high[slot.name]:
+            full.movedim(slot.dim or 0, 0)[rows] = bits.movedim(slot.dim or 0, 0)
+    low, high = (torch.cat([t.flatten() for t in full.values()]) for full in (low, high))
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    assert torch.equal(low, high)                           # each entry is somebody's
 
 
 class DenseLlama(nn.Module):
@@ -616,11 +623,11 @@ def test_the_scaling_rule_is_exact_and_its_mean_is_the_full_branch(level):
     ranks = run_on(4, functools.partial(train_steps, scaled=True), TINY, masks, False)
     simulated = train_steps(TINY, masks, False, 4, scaled=True)
     dense = dense_masked_model(TINY, masks, 4, False, scale=4 / 3)
-    plain = train_steps(TINY, masks, False, 4)
+    plain = backward_pass(make_sync(TINY, masks, False, simulated=4), TINY, 0)
     losses = np.concatenate([r[0] for r in ranks], axis=1)
     np.testing.assert_allclose(losses, simulated[0], rtol=1e-5)
     np.testing.assert_allclose(losses, dense[0], rtol=1e-5)
-    assert np.abs(losses - plain[0]).max() > 1e-4           # and it does change something
+    assert np.abs(losses[0] - plain).max() > 1e-4           # and it does change something
 
 
 def _any_optimizer(masks, make, dtype):
@@ -851,7 +858,7 @@ def replay(masks, backward, rank, workers, bucket_bytes, monkeypatch, config=TIN
 
 @pytest.mark.parametrize("masking", ["forward", "backward"])
 @pytest.mark.parametrize("subnets,held,workers,level", [
-    (4, 3, 4, "neuron"), (8, 5, 16, "block"), (8, 3, 24, "neuron"), (0, 0, 4, "odd")])
+    (4, 3, 4, "neuron"), (8, 5, 16, "block"), (5, 2, 15, "neuron"), (0, 0, 4, "odd")])
 def test_every_pair_of_ranks_agrees_on_two_updates_of_collectives(
         subnets, held, workers, level, masking, monkeypatch):
     masks = masks_for(TINY, subnets, held, level) if subnets else odd_masks()

@@ -8,7 +8,6 @@ import gc
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -280,7 +279,7 @@ def bench_on_pool(arguments, prepare=None):
         train.main = before
 
 
-@pytest.mark.parametrize("more", [[], ["--dtype", "bf16", *IMAGES]], ids=["llama", "resnet-bf16"])
+@pytest.mark.parametrize("more", [[], when_asked(["--dtype", "bf16", *IMAGES])], ids=["llama", "resnet-bf16"])
 def test_bench_on_real_workers(tmp_path, small_images, more):
     arguments = ["--updates", 2, "--batch-size", 2, "--subnets", 2, "--coverage", "1/2", "--device", "cpu",
                  "--results", tmp_path / "bench.jsonl", "--traces", tmp_path / "traces", *more]

@@ -52,6 +52,30 @@ def when_asked(*values):
     return pytest.param(*values, marks=[slow, only_when_asked])
 
 
+def remembered(function, key):
+    """A pure function, computed once for each key in a process: of a short run these take most of the time."""
+    known = {}
+
+    def once(*args):
+        if key(*args) not in known:
+            known[key(*args)] = function(*args)
+        return known[key(*args)]
+    return once
+
+
+def key_of_model(model, batch):
+    parameters = [(name, p.shape, p.requires_grad) for name, p in model.named_parameters()]
+    plain = {name: value for name, value in vars(model).items() if isinstance(value, (bool, int, float, str))}
+    return repr((type(model), model.config, parameters, plain, [t.shape for t in batch]))
+
+
+def key_of_masks(*args):
+    return repr(args)
+
+
+train.measure_flops = remembered(train.measure_flops, key_of_model)
+for level in sdp.MASKS:
+    sdp.MASKS[level] = remembered(sdp.MASKS[level], key_of_masks)
 train.sample.__defaults__ = (10,)  # tokens, where 200 would take most of the time
 
 
@@ -338,7 +362,7 @@ def test_resnet_on_real_workers_equals_plain_python(tmp_path, small_images, caps
         torch.testing.assert_close(many[name], value, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+@pytest.mark.parametrize("stem", ["cifar", when_asked("imagenet")])
 def test_checkpoint_is_torchvision_s_resnet18(tmp_path, small_images, stem):
     """torchvision loads it and gives the same logits and the same validation loss.
 
@@ -389,7 +413,7 @@ def test_flop_match_lengthens_the_run(tmp_path):
     "masking,more,tolerance",
     [
         ("forward", ["--checkpoint-activations"], 1e-4),
-        ("forward", ["--compile"], 1e-4),
+        when_asked("forward", ["--compile"], 1e-4),
         ("backward", ["--compile"], 1e-4),
         ("forward", ["--dtype", "bf16"], 0.02),
         ("backward", ["--reduce-dtype", "bf16"], 0.01),
@@ -510,14 +534,14 @@ def both(first, second):
     return lambda: [u() for u in undo if u]
 
 
-LAYOUTS = [(4, ["--parallel", "ddp"]), (4, ["--coverage", "3/4"]),
+LAYOUTS = [(2, ["--parallel", "ddp"]), (2, ["--coverage", "1/2"]),
            (3, ["--masking", "backward", "--level", "neuron", "--coverage", "2/3"]),
            (4, ["--masking", "backward", "--subnets", "2", "--coverage", "1/2"]), (1, [])]
 
 
 @pytest.mark.parametrize("make_flags", [flags, image_flags], ids=["Llama", "ResNet"])
 def test_a_checkpoint_resumes_bit_for_bit_under_any_layout(tmp_path, make_flags):
-    """A run is resumed under five layouts in a row.
+    """A run is resumed under five layouts in a row, of a ResNet three.
 
     The first time it takes no step, only saves: model and optimizer are the saved ones, bit for bit.
     Then it trains on, and the loss stays sane.
@@ -527,7 +551,8 @@ def test_a_checkpoint_resumes_bit_for_bit_under_any_layout(tmp_path, make_flags)
     else:
         more, prepare = [], None
     step, path = 0, tmp_path / "out" / "ckpt.pt"
-    for workers, layout in LAYOUTS:
+    layouts = LAYOUTS if make_flags is flags else LAYOUTS[::2]
+    for workers, layout in layouts:
         if step:  # one update that changes nothing, then back to the step before
             before = torch.load(path, weights_only=True)
             raw = path.read_bytes()
@@ -549,7 +574,7 @@ def test_a_checkpoint_resumes_bit_for_bit_under_any_layout(tmp_path, make_flags)
         saved = torch.load(path, weights_only=True)
         assert saved["step"] == step and all(s["step"] == step for s in saved["optimizer"].values())
     losses = [m["loss"] for m in metrics(tmp_path)]
-    assert len(losses) == 15 and max(losses) < 1.3 * losses[0]
+    assert len(losses) == 3 * len(layouts) and max(losses) < 1.3 * losses[0]
     if make_flags is flags:
         assert losses[-1] < losses[0] - 0.3
 
@@ -947,7 +972,7 @@ def test_random_damage_is_always_noticed(tmp_path):
     path, rng = tmp_path / "out" / "ckpt.pt", np.random.default_rng(0)
     raw = path.read_bytes()
     whole = torch.load(io.BytesIO(raw), weights_only=True)["model"]
-    for _ in range(60):
+    for _ in range(30):
         broken = bytearray(raw)
         if rng.random() < 0.3:
             del broken[rng.integers(2, len(raw)):]
