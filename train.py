@@ -23,7 +23,7 @@ import sys
 import time
 import zipfile
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from fractions import Fraction
 from functools import partial
@@ -479,10 +479,9 @@ def run_full_model(sync, full, dataset, split, steps):
 
 @torch.no_grad()
 def estimate_statistics(sync, full, dataset, autocast):
-    """Mean and variance of every batch norm's inputs in the full model; puts them into `full`.
+    """Mean and variance of every batch norm's inputs in the full model, put into `full`.  -> {name: tensor}
 
-    The statistics of the subnetworks are not those of the full model, so training keeps none.  These are the
-    plain means over all workers' first training batches.  -> {name: tensor}, without batch norms {}.
+    Those of the subnetworks would be of no use.  These are plain means over all workers' first batches.
     """
     norms = [module for module in full.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -537,7 +536,7 @@ def sample(args, count=200):
     encoding = data.encoding_for(saved["vocab_size"])
     device, _ = pick_device(args.device)
     with torch.device("meta"):
-        model = llama.Llama(llama.LlamaConfig(**{f.name: saved[f.name] for f in fields(llama.LlamaConfig)}))
+        model = llama.Llama(replace(llama.PRESETS[saved["model"]], vocab_size=saved["vocab_size"]))
     model.load_state_dict(checkpoint["model"], assign=True)
     tokens = torch.tensor([encoding.encode_ordinary(args.sample) or [10]], device=device)
     rng = torch.Generator(device).manual_seed(0)
@@ -577,8 +576,8 @@ def is_done(line, step):
 
 
 def log(path, line):
+    finite = {name: x if x is not None and math.isfinite(x) else None for name, x in line.items()}
     with open(path, "a") as f:
-        finite = {name: x if x is None or math.isfinite(x) else None for name, x in line.items()}
         f.write(json.dumps(finite) + "\n")                           # JSON knows no NaN
 
 
@@ -648,9 +647,7 @@ def open_checkpoint(out_dir):
                 if file.read(2) == b"PK":                            # an archive, as ours are
                     continue
         config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
-        parts = {"model", "optimizer", "step", "masks"}
-        if not (isinstance(config, dict) and parts <= checkpoint.keys() and "mask_seed" in config
-                and config.get("model") in DEFAULTS):
+        if not isinstance(config, dict) or config.get("model") not in DEFAULTS or "mask_seed" not in config:
             raise UserError(f"{path} is not a checkpoint of this program: move it, or change --out-dir")
         if path != paths[0]:
             say(f"warning: {paths[0]} is damaged, going on from {path}")
@@ -673,14 +670,14 @@ def check(checkpoint, design, dataset):
     keys = design.family.moments
     state = {name: {"step": 0, **dict.fromkeys(keys, p)} for name, p in full.named_parameters()}
     for part, wanted in {"model": full.state_dict(), "optimizer": state, "step": 0}.items():
-        if kinds(checkpoint[part]) != kinds(wanted):
-            raise UserError(f"the checkpoint's {part!r} has other names, shapes or types than this model's")
+        if kinds(checkpoint.get(part)) != kinds(wanted):
+            raise UserError(f"the checkpoint's {part} has other names, shapes or types than the model")
     step, updates = checkpoint["step"], {s["step"] for s in checkpoint["optimizer"].values()}
     if len(updates) > 1 or not 0 <= min(updates) <= step:
         raise UserError(f"the checkpoint has step {step} and {sorted(updates)[:3]} updates, which cannot be")
     if checkpoint["config"]["data_digest"] != dataset.digest:
         raise UserError(f"--data {design.args.data} contradicts the checkpoint, which has seen other data")
-    design.keep_masks(checkpoint["config"]["mask_seed"], checkpoint["masks"])
+    design.keep_masks(checkpoint["config"]["mask_seed"], checkpoint.get("masks", {}))
     return step, min(updates)
 
 
