@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 
@@ -237,14 +238,14 @@ class Llama(nn.Module):
         x = self.model.norm(x)
         if targets is None:
             return self.lm_head(x)
-        # Logits are by far the largest tensor, and the loss would hold it thrice: itself, its softmax, and its
+        # Logits are by far the largest tensor, and the loss would hold three: them, their softmax, their
         # gradient.  So only some rows are alive at a time, computed once more in the backward pass
         x, y, rows = x.flatten(0, 1), targets.flatten(), LOGITS // self.config.vocab_size
         if len(y) <= rows:
             return loss(self.lm_head(x), y)
-        weight = self.lm_head.weight                                 # `sdp.Simulation` swaps it in for now
+        head = self.lm_head, self.lm_head.weight                     # `sdp.Simulation` swaps it in for now
         parts = zip(x.split(rows), y.split(rows))
-        return sum(checkpoint(summed_loss, *xy, weight, use_reentrant=False) for xy in parts) / len(y)
+        return sum(checkpoint(summed_loss, *xy, *head, use_reentrant=False) for xy in parts) / len(y)
 
     @torch.no_grad()
     def generate(self, tokens, count, temperature=0.8, generator=None):
@@ -261,5 +262,5 @@ def loss(logits, targets):
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
-def summed_loss(x, y, weight):
-    return loss(F.linear(x, weight), y) * len(y)
+def summed_loss(x, y, head, weight):
+    return loss(functional_call(head, {"weight": weight}, x), y) * len(y)
