@@ -22,7 +22,6 @@ import sysconfig
 import tempfile
 import time
 import traceback
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -72,38 +71,16 @@ def write_bin(path, tokens, vocab_size):
             f.write(np.asarray(tokens[i:i + PIECE], np.uint16).tobytes())
 
 
-class Shard:
-    """Tokens `start` to `stop` of a .bin file; shard[i:j] reads some -> uint16 array."""
-
-    def __init__(self, path, start, stop):
-        self.path, self.start, self.stop = path, start, stop
-
-    def __len__(self):
-        return self.stop - self.start
-
-    def __getitem__(self, part):
-        # Not mapped into memory: a mapped file that shrinks under a running job kills it without a word
-        first, last, _ = part.indices(len(self))
-        tokens = np.fromfile(self.path, np.uint16, last - first, offset=HEADER + 2 * (self.start + first))
-        if len(tokens) < last - first:
-            raise UserError(f"{self.path} became shorter while in use: bring it back and go on with --resume")
-        return tokens
-
-
 def read_bin(path):
-    """-> (Shard of all its tokens, vocabulary size).  Raises UserError for anything but a whole shard."""
-    try:
-        size = os.path.getsize(path)
-        header = np.fromfile(path, np.int32, 256)
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    """-> (tokens: uint16 [count], mapped into memory; vocabulary size).  Raises UserError for other files."""
+    header = np.fromfile(path, np.int32, 256)
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION or not 0 <= header[3] <= 65536:
         raise UserError(f"{path} is not a token shard: make one with  python data.py text")
-    count, vocab_size = int(header[2]), int(header[3]) or GPT2
-    if size != HEADER + 2 * count:
-        raise UserError(f"{path} should have {HEADER + 2 * count} bytes but has {size}: fetch it again")
-    tokens = Shard(path, 0, count)
-    largest = max((int(tokens[i:i + PIECE].max()) for i in range(0, count, PIECE)), default=0)
+    size, wanted = os.path.getsize(path), HEADER + 2 * int(header[2])
+    if size != wanted or size == HEADER:
+        raise UserError(f"{path} should have {wanted} bytes but has {size}: fetch it again")
+    tokens, vocab_size = np.memmap(path, np.uint16, "r", HEADER), int(header[3]) or GPT2
+    largest = max(int(tokens[i:i + PIECE].max()) for i in range(0, len(tokens), PIECE))
     if largest >= vocab_size:
         raise UserError(f"{path} has token {largest}, but its vocabulary is {vocab_size}: tokenise it again")
     return tokens, vocab_size
@@ -144,7 +121,7 @@ class Tokens:
             sequences = torch.arange(self.val_count)[first:first + self.batch_size]
             starts = sequences * ((len(shards[0]) - 1) // self.val_count)
             which = torch.zeros_like(sequences)
-        windows = [shards[s][i:i + self.seq_len + 1].astype(np.int64) for s, i in zip(which, starts)]
+        windows = [shards[s][i:i + self.seq_len + 1] for s, i in zip(which, starts)]
         windows = torch.from_numpy(np.array(windows, np.int64).reshape(-1, self.seq_len + 1))
         return windows[:, :-1], windows[:, 1:]
 
@@ -177,12 +154,11 @@ def load_text(name, batch_size, seq_len, seed):
     if len(set(vocab_sizes)) > 1:
         raise UserError(f"the shards of {name} have different vocabularies: {sorted(set(vocab_sizes))}")
     *train, val = shards
-    validation = str(val.path)
+    validation = str(beside[0]) if beside else f"the last tenth of {paths[-1]}"
     if not beside:
         edge = len(val) * 9 // 10
-        train.append(Shard(val.path, 0, edge))
-        val = Shard(val.path, edge, len(val))
-        validation = f"the last tenth of {val.path}"
+        train.append(val[:edge])
+        val = val[edge:]
     return Tokens({"train": train, "val": [val]}, vocab_sizes[0], batch_size, seq_len, seed, validation)
 
 
@@ -323,38 +299,27 @@ def time_limit(seconds, what):
 
 
 def fetch(url, path):
-    """Fetches a shard of FineWeb, going on where a transfer broke off; `path` appears whole and checked."""
+    """Fetches a shard of FineWeb, in five tries; `path` appears when it is whole and checked."""
     part = Path(f"{path}.part")
-    for pause in 0.1, 0.2, 0.4, 0.8, 0:                    # five tries
-        have = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+    for pause in 0.5, 1, 2, 4, 0:
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
+            with urllib.request.urlopen(url, timeout=60) as reply, open(part, "wb") as f:
                 if not reply.url.startswith(("https://", "http://localhost:", "http://127.0.0.1:")):
                     raise UserError(f"{reply.url} is not safe: only what comes over https is taken")
-                with open(part, "ab" if reply.status == 206 else "wb") as f:     # 200: it sends all again
-                    while f.tell() < MOST_BYTES and (chunk := reply.read(PIECE)):
-                        f.write(chunk)
-                    if reply.length:                                             # less came than announced
-                        raise ConnectionError("the transfer broke off")
+                while f.tell() < MOST_BYTES and (chunk := reply.read(PIECE)):
+                    f.write(chunk)
+                if reply.length:                           # less came than announced
+                    raise ConnectionError("the transfer broke off")
             break
         except (OSError, ValueError, http.client.HTTPException) as e:
             problem = e
-            if isinstance(e, urllib.error.HTTPError):
-                if e.code == 416:                          # the server has no more to send
-                    break
-                after = e.headers.get("Retry-After", "")
-                pause = int(after) if re.fullmatch("[0-9]{1,4}", after) else pause
-        time.sleep(pause)
+            after = getattr(e, "headers", {}).get("Retry-After", "")     # of a server that is busy
+            time.sleep(int(after) if re.fullmatch("[0-9]{1,4}", after) else pause)
     else:
-        raise UserError(f"cannot fetch {url}: {problem} (5 tries); run the command again to go on from here")
-    try:
-        tokens, vocab_size = read_bin(part)
-        if vocab_size != GPT2 or len(tokens) < 10**6:
-            raise UserError(f"{len(tokens)} tokens of a vocabulary of {vocab_size}")
-    except UserError as e:
-        part.unlink()
-        raise UserError(f"{url} sent something else than a whole token shard of FineWeb: {e}") from None
+        raise UserError(f"cannot fetch {url}: {problem} (5 tries)")
+    tokens, vocab_size = read_bin(part)
+    if vocab_size != GPT2 or len(tokens) < 10**6:
+        raise UserError(f"{url} has {len(tokens)} tokens of {vocab_size} kinds: no shard of FineWeb")
     os.replace(part, path)
 
 
@@ -376,11 +341,8 @@ def encoding_for(vocab_size):
         return tiktoken.Encoding("bytes", pat_str="(?s).+", mergeable_ranks=ranks, special_tokens={})
     if vocab_size != GPT2:
         raise UserError(f"no tokenizer is known for a vocabulary of {vocab_size}, only for 256 and {GPT2}")
-    try:
-        with time_limit(60, "fetching GPT-2's vocabulary"):
-            return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as e:                     # ValueError: a wrong checksum
-        raise UserError(f"GPT-2's vocabulary could not be fetched ({type(e).__name__}): try again") from None
+    with time_limit(60, "fetching GPT-2's vocabulary"):
+        return tiktoken.get_encoding("gpt2")
 
 
 def tokens_of(file, vocab_size):
@@ -409,20 +371,19 @@ def tokenise(files, out, vocab_size):
     with tempfile.TemporaryDirectory(dir=folder) as work:  # removed whatever happens
         everything = Path(work, "everything")
         with open(everything, "wb") as f:
-            f.write(bytes(HEADER))
             for file in files:
                 for tokens in tokens_of(file, vocab_size):
                     f.write(tokens.astype(np.uint16).tobytes())
-            count = (f.tell() - HEADER) // 2
-        if count > MOST_TOKENS:
-            raise UserError(f"{count} tokens, but one shard holds {MOST_TOKENS}: give fewer files at a time")
-        edge = count * 9 // 10
-        splits = {"train": Shard(everything, 0, edge), "val": Shard(everything, edge, count)}
-        for split, tokens in splits.items():
-            write_bin(Path(work, split), tokens, vocab_size)
-        for split, tokens in splits.items():
+            count = f.tell() // 2
+        if not 10 <= count <= MOST_TOKENS:
+            raise UserError(f"{count} tokens: one shard has 10 to {MOST_TOKENS}, give more or fewer files")
+        tokens = np.memmap(everything, np.uint16, "r")
+        splits = {"train": tokens[:count * 9 // 10], "val": tokens[count * 9 // 10:]}
+        for split in splits:
+            write_bin(Path(work, split), splits[split], vocab_size)
+        for split in splits:
             os.replace(Path(work, split), f"{out}_{split}.bin")
-            print(f"{out}_{split}.bin: {len(tokens)} tokens")
+            print(f"{out}_{split}.bin: {len(splits[split])} tokens")
 
 
 class Parser(argparse.ArgumentParser):
@@ -432,20 +393,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def run_program(main, quiet=False):
-    """Runs main() -> exit code.  What the user or the system did wrong is one line (none if quiet)."""
+def run_program(main):
+    """Runs main() -> exit code.  What the user or the system did wrong is one line."""
     try:
         main()
-        print(end="", flush=True)                          # a closed or full standard output shows here
+        sys.stdout.flush()                                 # if it is closed or full, this shows here
         return 0
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as e:
         if os.environ.get("SDP_TRACEBACK"):                # shows where it happened
             traceback.print_exc()
-        if not quiet:
-            print("error:", " ".join(str(e).split()) or type(e).__name__, file=sys.stderr)
+        print("error:", " ".join(str(e).split()) or type(e).__name__, file=sys.stderr)
         code = 130 if isinstance(e, KeyboardInterrupt) else 2
     try:
-        print(end="", flush=True)
+        sys.stdout.flush()
     except OSError:                                        # Python would try again at its end, and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
@@ -463,10 +423,8 @@ def main():
     args = parser.parse_args()
     if args.command == "text":
         tokenise(args.files, args.out, 256 if args.encoding == "bytes" else GPT2)
-    elif 1 <= args.shards <= 103:
-        fetch_fineweb(args.shards)
     else:
-        raise UserError(f"--shards must be from 1 to 103, not {args.shards}")
+        fetch_fineweb(args.shards)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
 """
 A compact LLaMA that can be built at any held size.  It knows nothing of workers or of communication.
 
-The model is a stack of residual branches, x <- x + f(x).  The inside of each branch is a *sum over its neurons*:
+The model is a stack of residual branches, x <- x + f(x).  The inside of each is a sum over its *neurons*:
 
-    attention   a neuron is one KV head, with the query heads that read it      o_proj(concat of heads) = sum of heads
-    MLP         a neuron is one hidden unit of the SwiGLU                        down_proj(hidden)       = sum of units
+    attention   a neuron is one KV head, with the query heads that read it    o_proj adds up the heads
+    MLP         a neuron is one hidden unit of the SwiGLU                     down_proj adds up the units
 
-So a branch with any subset of its neurons is again a branch of the same kind, only smaller, and a subnetwork is an
-ordinary Llama with smaller matrices.  A branch with no neuron left is not built at all: x <- x.
-
-The full model's parameters have the names and the shapes of `transformers.LlamaForCausalLM`.
+So a branch with only some of its neurons is a branch of the same kind, and a subnetwork is an ordinary Llama
+with smaller matrices.  A branch with no neuron left is not built at all: x <- x.  The full model's parameters
+have the names and the shapes of `transformers.LlamaForCausalLM`.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 
@@ -39,8 +38,7 @@ class LlamaConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
-    def queries_per_kv(self):
-        """Grouped-query attention: this many query heads read one KV head."""
+    def queries_per_kv(self):                                        # query heads that read one KV head
         return self.num_attention_heads // self.num_key_value_heads
 
 
@@ -51,48 +49,45 @@ PRESETS = {
     "llama-500m": LlamaConfig(32000, 1280, 3456, 20, 20, 20, 2048),
     "llama-1b": LlamaConfig(32000, 2048, 5504, 18, 32, 32, 2048),
 }
-LOGITS = 2**25                                                       # so many logits are held at a time in training: 128 MiB
+LOGITS = 2**25                                                       # held at a time in training: 128 MiB
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What sdp.py has to know: the branches and their neurons, and how each parameter is made of neurons
-# ---------------------------------------------------------------------------------------------------------------------
+# -- What sdp.py has to know: branches, their neurons, and how each parameter is made of neurons ------------
 
 def branches(c):
-    """Branch name (the module's path) -> (block, neurons, bytes, FLOPs, activations), the last three for one neuron.
+    """Branch name (the module's path) -> (block, neurons, bytes, FLOPs, activations).
 
-    Bytes are of float32 weights; FLOPs are of one token's forward and backward pass; activations are the numbers kept
-    for the backward pass, for one token.  They serve to balance the load of the workers, so only their ratios matter.
+    The last three are of one neuron: bytes of its float32 weights; for one token, FLOPs of the forward and
+    backward pass, and numbers kept in between.  They balance the workers' loads, so only ratios matter.
     """
-    d, heads = c.hidden_size, c.queries_per_kv                       # a KV head and the query heads that read it:
-    head = (2 * heads + 2) * c.head_dim * d                          # parameters: rows of q, k, v and columns of o
-    # FLOPs of q k^T and of probabilities times v, for one token: 12 = 2 products x 2 x 3 (forward, and twice in backward)
-    pairs = 12 * c.max_position_embeddings * heads * c.head_dim
+    d, queries = c.hidden_size, c.queries_per_kv * c.head_dim
+    kept = 2 * queries + 2 * c.head_dim                              # q, k, v, and what o_proj reads
+    head = kept * d                                                  # rows of q, k, v and columns of o
+    pairs = 12 * c.max_position_embeddings * queries                 # q k^T, and probabilities times v
     out = {}
     for i in range(c.num_hidden_layers):
-        out[f"model.layers.{i}.self_attn"] = (i, c.num_key_value_heads, 4 * head, 6 * head + pairs,
-                                              (2 * heads + 2) * c.head_dim)
-        out[f"model.layers.{i}.mlp"] = (i, c.intermediate_size, 4 * 3 * d, 6 * 3 * d, 4)   # gate, silu(gate), up, product
+        path = f"model.layers.{i}"
+        out[f"{path}.self_attn"] = i, c.num_key_value_heads, 4 * head, 6 * head + pairs, kept
+        out[f"{path}.mlp"] = i, c.intermediate_size, 4 * 3 * d, 6 * 3 * d, 4  # gate, silu(gate), up, product
     return out
 
 
-# Parameter -> the dimension its neurons lie along (neuron n owns an equal run of rows, or of columns)
+# Parameter -> the dimension its neurons lie along: neuron n owns an equal run of rows (0) or columns (1)
 DIMS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 0, "up_proj": 0, "down_proj": 1}
 # The norm before a branch belongs to the branch as a whole
 NORM_OF = {"input_layernorm": "self_attn", "post_attention_layernorm": "mlp"}
 
 
 def layout(c):
-    """Full parameter name -> (branch or None, dimension of its neurons or None, full shape), in forward order.
+    """Full parameter name -> (branch or None, dimension of its neurons or None, full shape), in order.
 
-    Branch None means shared: every subnetwork holds the parameter whole (embedding, final norm, head).
+    Branch None: all subnetworks hold it whole (embedding, final norm, head).
     """
-    with torch.device("meta"):                                       # shapes only, no memory
+    with torch.device("meta"):                                       # shapes without memory
         full = Llama(c)
     out = {}
     for name, p in full.named_parameters():
-        *path, module, _ = name.split(".")
-        path = ".".join(path)
+        path, _, module = name.removesuffix(".weight").rpartition(".")
         if module in DIMS:
             out[name] = path, DIMS[module], p.shape
         elif module in NORM_OF:
@@ -103,23 +98,21 @@ def layout(c):
 
 
 def init(c, name, tensor, generator):
-    """Fills one full parameter in place: norms with 1, the rest from a normal distribution (GPT-2's rule)."""
+    """Fills one full parameter in place: norms with 1, the rest at random (GPT-2's rule)."""
     if "norm" in name:
         tensor.fill_(1.0)
-    else:
-        std = 0.02
-        if "o_proj" in name or "down_proj" in name:                  # 2L branches add to the residual stream
-            std /= (2 * c.num_hidden_layers) ** 0.5
-        tensor.normal_(0.0, std, generator=generator)
+        return
+    std = 0.02
+    if "o_proj" in name or "down_proj" in name:
+        std /= (2 * c.num_hidden_layers) ** 0.5                      # so many branches add to the stream
+    tensor.normal_(0.0, std, generator=generator)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model.  Shapes: B sequences, T tokens, d hidden_size, n held neurons of the branch, h head_dim, V vocabulary
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The model.  B sequences, T tokens, d hidden_size, n held neurons, h head_dim, V vocabulary --------------
 
-def rope_table(length, head_dim, theta, device):
-    """Cosines and signed sines of rotary position embedding (arXiv 2104.09864), each [length, head_dim]."""
-    freq = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+def rope_table(length, c, device):
+    """Cosines and signed sines of rotary position embedding (arXiv 2104.09864), each [length, h]."""
+    freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim)
     angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), freq)
     return angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), dim=1)
 
@@ -142,14 +135,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, n * c.head_dim, bias=False)
         self.o_proj = nn.Linear(self.q_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x, rope):                                                          # [B, T, d]
+    def forward(self, x, rope):                                      # [B, T, d]
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.q_heads, self.head_dim).transpose(1, 2)       # [B, q_heads, T, h]
-        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)      # [B, kv_heads, T, h]
+        q = self.q_proj(x).view(B, T, self.q_heads, self.head_dim).transpose(1, 2)   # [B, q_heads, T, h]
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # [B, kv_heads, T, h]
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
         y = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True,
                                            enable_gqa=self.q_heads != self.kv_heads)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                          # sum over the heads
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))      # sum over the heads
 
 
 class MLP(nn.Module):
@@ -162,39 +155,42 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(n, c.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))               # sum over the units
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # sum over the units
 
 
 class Layer(nn.Module):
     """Attention and MLP, each behind its RMSNorm: x + scale * f(norm(x)).
 
-    `held` and `rest` are (KV heads, hidden units).  The held neurons train here.  Under backward masking the layer also
-    runs all the other neurons, frozen: the child `rest` has them, and a branch is held(x) + rest(x).
-    `scales` are two numbers, 1.0 in the full model: see `Llama`.
+    held, rest: (KV heads, hidden units).  The held neurons train.  Under backward masking the layer also runs
+    all the others, frozen: the child `rest` has them, and f is held(x) + rest(x).  scales: of both branches.
     """
 
     def __init__(self, c, held, rest, scales):
         super().__init__()
-        self.scales = scales
-        norm = lambda n: nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps) if n else None
-        self.input_layernorm = norm(held[0] + rest[0])
+        self.config, self.scales = c, scales
+        self.input_layernorm = rms_norm(c) if held[0] + rest[0] else None
         self.self_attn = Attention(c, held[0]) if held[0] else None
-        self.post_attention_layernorm = norm(held[1] + rest[1])
+        self.post_attention_layernorm = rms_norm(c) if held[1] + rest[1] else None
         self.mlp = MLP(c, held[1]) if held[1] else None
         self.rest = nn.Module()
         self.rest.self_attn = Attention(c, rest[0]) if rest[0] else None
         self.rest.mlp = MLP(c, rest[1]) if rest[1] else None
 
-    def forward(self, x, rope):
-        if self.input_layernorm is not None:                         # None: the branch is absent here, x <- x
+    def forward(self, x, rope=None):
+        if self.input_layernorm:                                     # None: the branch is absent, x <- x
+            rope = rope or rope_table(x.shape[1], self.config, x.device)
             normed = self.input_layernorm(x)
             for part in filter(None, (self.self_attn, self.rest.self_attn)):
-                x = torch.add(x, part(normed, rope), alpha=self.scales[0])       # x + scale * part
-        if self.post_attention_layernorm is not None:
+                x = torch.add(x, part(normed, rope), alpha=self.scales[0])  # x + scale * part
+        if self.post_attention_layernorm:
             normed = self.post_attention_layernorm(x)
             for part in filter(None, (self.mlp, self.rest.mlp)):
                 x = torch.add(x, part(normed), alpha=self.scales[1])
         return x
+
+
+def rms_norm(c):
+    return nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
 
 
 class Llama(nn.Module):
@@ -202,8 +198,8 @@ class Llama(nn.Module):
 
     held: branch name -> number of neurons built; by default all of them, which is the full model.
     backward: build the neurons that are not held as well, as frozen `rest` modules (backward masking).
-    scales: branch name -> a number that the branch's output is multiplied by; by default 1.0.  Under forward masking a
-        branch is a part of a sum, and `sdp.branch_scales` says what brings it to the size of the whole.  No parameter.
+    scales: branch name -> what the branch's output is multiplied by; by default 1.  Under forward masking a
+        branch is a part of a sum, and `sdp.branch_scales` brings it to the size of the whole.
     """
 
     def __init__(self, c, held=None, backward=False, scales=None):
@@ -212,55 +208,47 @@ class Llama(nn.Module):
         full = {name: neurons for name, (_, neurons, *_) in branches(c).items()}
         held = full if held is None else held
         scales = dict.fromkeys(full, 1.0) if scales is None else scales
-
-        def layer(i):
+        layers = nn.ModuleList()
+        for i in range(c.num_hidden_layers):
             names = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
             rest = [full[b] - held[b] if backward else 0 for b in names]
-            return Layer(c, [held[b] for b in names], rest, [scales[b] for b in names])
-
+            layers.append(Layer(c, [held[b] for b in names], rest, [scales[b] for b in names]))
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
-            "layers": nn.ModuleList(layer(i) for i in range(c.num_hidden_layers)),
-            "norm": nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps),
+            "layers": layers,
+            "norm": rms_norm(c),
         })
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
     def stages(self):
         """The model as a chain: [(module's path, function of the previous stage's output)].
 
-        Evaluation walks this chain with one stage's full weights in memory at a time.
+        Evaluation walks it with one stage's full weights in memory at a time.
         """
-        c = self.config
-
-        def layer(module, x):
-            rope = rope_table(x.shape[1], c.head_dim, c.rope_theta, x.device)
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                return checkpoint(module, x, rope, use_reentrant=False)
-            return module(x, rope)
-
-        return [("model.embed_tokens", self.model.embed_tokens),
-                *((f"model.layers.{i}", partial(layer, m)) for i, m in enumerate(self.model.layers)),
-                ("model.norm", self.model.norm),
-                ("lm_head", self.lm_head)]
+        layers = [(f"model.layers.{i}", layer) for i, layer in enumerate(self.model.layers)]
+        return [("model.embed_tokens", self.model.embed_tokens), *layers,
+                ("model.norm", self.model.norm), ("lm_head", self.lm_head)]
 
     def forward(self, tokens, targets=None):
-        """tokens int64 [B, T] -> logits [B, T, V]; with targets int64 [B, T], the loss (see `loss`).
-
-        T is at most config.max_position_embeddings.
-        """
-        *stages, (_, head) = self.stages()
-        x = tokens
-        for _, stage in stages:
-            x = stage(x)
+        """tokens int64 [B, T] -> logits [B, T, V]; with targets int64 [B, T], the loss (see `loss`)."""
+        x = self.model.embed_tokens(tokens)
+        rope = rope_table(x.shape[1], self.config, x.device)         # once for all layers
+        for layer in self.model.layers:
+            if self.checkpoint_activations:
+                x = checkpoint(layer, x, rope, use_reentrant=False)
+            else:
+                x = layer(x, rope)
+        x = self.model.norm(x)
         if targets is None:
-            return head(x)
-        # The logits are by far the largest tensor, and the loss would hold them three times: logits, log-probabilities, and
-        # gradient.  So only some rows of them are alive at a time, computed once more in the backward pass
+            return self.lm_head(x)
+        # Logits are by far the largest tensor, and the loss would hold three: them, their softmax, their
+        # gradient.  So only some rows are alive at a time, computed once more in the backward pass
         x, y, rows = x.flatten(0, 1), targets.flatten(), LOGITS // self.config.vocab_size
         if len(y) <= rows:
-            return loss(head(x), y)
-        part = lambda x, y: loss(head(x), y) * len(y)
-        return sum(checkpoint(part, *xy, use_reentrant=False) for xy in zip(x.split(rows), y.split(rows))) / len(y)
+            return loss(self.lm_head(x), y)
+        head = self.lm_head, self.lm_head.weight                     # `sdp.Simulation` swaps it in for now
+        parts = zip(x.split(rows), y.split(rows))
+        return sum(checkpoint(summed_loss, *xy, *head, use_reentrant=False) for xy in parts) / len(y)
 
     @torch.no_grad()
     def generate(self, tokens, count, temperature=0.8, generator=None):
@@ -275,3 +263,7 @@ class Llama(nn.Module):
 def loss(logits, targets):
     """Mean cross-entropy in nats per token.  logits [..., V], targets int64 [...]."""
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+
+
+def summed_loss(x, y, head, weight):
+    return loss(functional_call(head, {"weight": weight}, x), y) * len(y)

@@ -1,15 +1,11 @@
 """
-ResNet-18 (arXiv 1512.03385) that can be built at any held size.  It knows nothing of workers or of communication.
+ResNet-18 (arXiv 1512.03385) that can be built at any held size.  It knows nothing of workers.
 
-The model is a stack of residual blocks, each with one branch:
-
-    x <- relu(shortcut(x) + bn2(sum over neurons))          a neuron is one output channel of conv1, with its batch norm
-                                                            and the input channel of conv2 that reads it
-
-A block that is absent leaves x <- relu(shortcut(x)).  The shortcut is the identity, or where the shape changes a 1x1
-convolution that all subnetworks share, as they share stem and classifier.  bn2 belongs to the branch as a whole.
-
-The full model has the names and the shapes of `torchvision.models.resnet18`.
+The model is a stack of residual blocks with one branch each,  x <- relu(shortcut(x) + bn2(sum over neurons)).
+A *neuron* is an output channel of conv1, with its batch norm and the input channel of conv2 that reads it;
+bn2 belongs to the branch as a whole.  An absent branch leaves  x <- relu(shortcut(x)).  All subnetworks share
+stem, shortcuts (the identity, or a 1x1 convolution) and classifier.  The full model has the names and the
+shapes of `torchvision.models.resnet18`.
 """
 
 from dataclasses import dataclass
@@ -34,13 +30,12 @@ class ResNetConfig:
 PRESETS = {"resnet18": ResNetConfig()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What sdp.py has to know: the branches and their neurons, and how each parameter is made of neurons
-# ---------------------------------------------------------------------------------------------------------------------
+# -- What sdp.py has to know: branches, their neurons, and how each parameter is made of neurons ------------
 
 def blocks(c):
     """Module path -> (channels in, channels out, stride, side of its output), in order."""
-    side, channels, out = c.image_size if c.stem == "cifar" else c.image_size // 4, c.widths[0], {}
+    side = c.image_size if c.stem == "cifar" else c.image_size // 4
+    channels, out = c.widths[0], {}
     for stage, width in enumerate(c.widths):
         for i in range(c.blocks_per_stage):
             stride = 2 if stage and i == 0 else 1
@@ -51,31 +46,36 @@ def blocks(c):
 
 
 def branches(c):
-    """Branch name (the block's path) -> (block, neurons, bytes, FLOPs, activations), the last three for one neuron.
+    """Branch name (the block's path) -> (block, neurons, bytes, FLOPs, activations).
 
-    Bytes are of float32 weights; FLOPs are of one image's forward and backward pass; activations are the numbers kept
-    for the backward pass, for one image: conv1's output, the ReLU's, and this neuron's share of what bn2 keeps.
+    The last three are of one neuron: bytes of its float32 weights; for one image, FLOPs of the forward and
+    backward pass, and numbers kept in between: conv1's output, the ReLU's, a share of what bn2 keeps.
     """
-    return {path: (i, wide, 4 * (9 * (cin + wide) + 2), 6 * 9 * (cin + wide) * side ** 2, 3 * side ** 2)
-            for i, (path, (cin, wide, _, side)) in enumerate(blocks(c).items())}
+    out = {}
+    for i, (path, (cin, width, _, side)) in enumerate(blocks(c).items()):
+        weights = 9 * (cin + width)
+        out[path] = i, width, 4 * (weights + 2), 6 * weights * side ** 2, 3 * side ** 2
+    return out
 
 
-# Parameter -> the dimension its neurons lie along (neuron n owns row n, or column n)
+# Module of a branch -> the dimension its neurons lie along (neuron n owns row n, or column n)
 DIMS = {"conv1": 0, "bn1": 0, "conv2": 1, "bn2": None}
 
 
 def layout(c):
-    """Full parameter name -> (branch or None, dimension of its neurons or None, full shape), in forward order.
+    """Full parameter name -> (branch or None, dimension of its neurons or None, full shape), in order.
 
-    Branch None means shared: every subnetwork holds the parameter whole (stem, shortcuts, classifier).
+    Branch None: all subnetworks hold it whole (stem, shortcuts, classifier).
     """
-    with torch.device("meta"):                                       # shapes only, no memory
+    with torch.device("meta"):                                       # shapes without memory
         full = ResNet(c)
     out = {}
     for name, p in full.named_parameters():
         branch, module = name.rsplit(".", 2)[0], name.split(".")[-2]
-        inside = branch in blocks(c) and module in DIMS
-        out[name] = (branch, DIMS[module], p.shape) if inside else (None, None, p.shape)
+        if branch in blocks(c) and module in DIMS:
+            out[name] = branch, DIMS[module], p.shape
+        else:
+            out[name] = None, None, p.shape
     return out
 
 
@@ -90,12 +90,10 @@ def init(c, name, tensor, generator):
         tensor.fill_(1.0 if name.endswith("weight") else 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model.  Shapes: B images, C channels of height and width H, n held neurons of the branch
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The model.  B images, C channels of height and width H, n held neurons ---------------------------------
 
 class FrozenConv(torch.autograd.Function):
-    """A convolution whose weight does not train.  torch's own would keep its input, for the weight's gradient."""
+    """A convolution whose weight does not train.  torch's would keep its input, for the weight's gradient."""
 
     @staticmethod
     def forward(ctx, x, weight, stride, padding):
@@ -106,7 +104,9 @@ class FrozenConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         weight, = ctx.saved_tensors
-        return torch.nn.grad.conv2d_input(ctx.shape, weight.to(grad.dtype), grad, ctx.stride, ctx.padding), None, None, None
+        weight = weight.to(grad.dtype)
+        grad = torch.nn.grad.conv2d_input(ctx.shape, weight, grad, ctx.stride, ctx.padding)
+        return grad, None, None, None
 
 
 class Conv2d(nn.Conv2d):
@@ -119,8 +119,8 @@ class Conv2d(nn.Conv2d):
 class Block(nn.Module):
     """relu(shortcut(x) + bn2(held(x) + rest(x))).
 
-    The `held` neurons train here.  Under backward masking the block also runs all the others, frozen: the child `rest`
-    has them.
+    The held neurons train.  Under backward masking the block also runs all the others, frozen: the child
+    `rest` has them.
     """
 
     def __init__(self, cin, cout, stride, held, rest, norm):
@@ -136,45 +136,43 @@ class Block(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), norm(cout))
 
     def forward(self, x):                                            # [B, C in, H, H]
+        if self.bn2 is None:                                         # the branch is absent here
+            return F.relu(self.downsample(x)) if self.downsample else x  # x comes from a ReLU: relu(x) = x
         total = None
-        for part in (self, self.rest):
-            if part.conv1 is not None:
-                z = part.conv1(x)                                    # [B, n, H / stride, H / stride]
+        for part in self, self.rest:
+            if part.conv1:
+                h = part.conv1(x)                                    # [B, n, H / stride, H / stride]
                 if part is self:
-                    h = F.relu(self.bn1(z), inplace=True)
+                    h = F.relu(self.bn1(h), inplace=True)
                 else:
-                    # The backward pass needs z and h.  Of frozen neurons only z is kept, since conv2 does not ask for h, and
-                    # for the ReLU it is cheap to compute again: half of what they would keep
-                    h = checkpoint(norm_and_relu, z, part.bn1.weight, part.bn1.bias, use_reentrant=False, preserve_rng_state=False)
-                total = part.conv2(h) if total is None else total + part.conv2(h)      # [B, C out, H / stride, H / stride]
-        if total is None:                                            # the branch is absent here
-            return F.relu(self.downsample(x)) if self.downsample else x      # x comes from a ReLU: relu(x) = x
+                    # conv2 is frozen and does not ask for h again, so only what made it is kept
+                    h = checkpoint(norm_and_relu, h, part.bn1.weight, part.bn1.bias,
+                                   use_reentrant=False, preserve_rng_state=False)
+                total = part.conv2(h) if total is None else total + part.conv2(h)
         shortcut = self.downsample(x) if self.downsample else x
-        return F.relu(self.bn2(total) + shortcut, inplace=True)
+        return F.relu(self.bn2(total) + shortcut, inplace=True)      # [B, C out, H / stride, H / stride]
 
 
-def norm_and_relu(z, weight, bias):
-    return F.relu(F.batch_norm(z, None, None, weight, bias, training=True), inplace=True)
+def norm_and_relu(x, weight, bias):
+    return F.relu(F.batch_norm(x, None, None, weight, bias, training=True), inplace=True)
 
 
 class ResNet(nn.Module):
     """ResNet at any held size.
 
-    held: branch name -> number of neurons built.  None: the full model, to be evaluated, which is torchvision's.
+    held: branch name -> number of neurons built.  None: the full model, which is torchvision's.
     backward: build the neurons that are not held as well, as frozen `rest` modules (backward masking).
 
-    Batch norm always uses its own batch's statistics in training.  Running statistics of a subnetwork would be of no use to
-    the full model, so a worker keeps none; only the full model has them (their plain mean over what it has seen).
+    Batch norm uses its batch's statistics in training.  Those of a subnetwork would be of no use to the full
+    model, so a worker keeps none.  The full model has them: the plain mean over what it has seen.
     """
 
     def __init__(self, c, held=None, backward=False):
         super().__init__()
         self.config, self.checkpoint_activations = c, False
         norm = partial(nn.BatchNorm2d, momentum=None, track_running_stats=held is None)
-        if c.stem == "cifar":
-            self.conv1 = nn.Conv2d(3, c.widths[0], 3, 1, 1, bias=False)
-        else:
-            self.conv1 = nn.Conv2d(3, c.widths[0], 7, 2, 3, bias=False)
+        kernel, stride, padding = (3, 1, 1) if c.stem == "cifar" else (7, 2, 3)
+        self.conv1 = nn.Conv2d(3, c.widths[0], kernel, stride, padding, bias=False)
         self.bn1 = norm(c.widths[0])
         for path, (cin, cout, stride, _) in blocks(c).items():
             stage, i = path.split(".")
@@ -187,26 +185,24 @@ class ResNet(nn.Module):
     def stages(self):
         """The model as a chain: [(module's path, function of the previous stage's output)].
 
-        Evaluation walks this chain with one stage's full weights in memory at a time.
+        Evaluation walks it with one stage's full weights in memory at a time.
         """
         def stem(x):
             x = F.relu(self.bn1(x), inplace=True)
             return x if self.config.stem == "cifar" else F.max_pool2d(x, 3, 2, 1)
 
-        def block(module, x):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                return checkpoint(module, x, use_reentrant=False)
-            return module(x)
+        def head(x):
+            return self.fc(x.mean((2, 3)))
 
-        return [("conv1", self.conv1), ("bn1", stem),
-                *((path, partial(block, self.get_submodule(path))) for path in blocks(self.config)),
-                ("fc", lambda x: self.fc(x.mean((2, 3))))]
+        chain = [(path, self.get_submodule(path)) for path in blocks(self.config)]
+        return [("conv1", self.conv1), ("bn1", stem), *chain, ("fc", head)]
 
     def forward(self, images, labels=None):
-        """images float [B, 3, H, H], normalised -> logits [B, num_classes]; with labels int64 [B], the loss (see `loss`)."""
+        """images [B, 3, H, H], normalised -> logits [B, num_classes]; with labels int64 [B], the loss."""
         x = images
-        for _, stage in self.stages():
-            x = stage(x)
+        for path, stage in self.stages():
+            again = self.checkpoint_activations and path.startswith("layer")
+            x = checkpoint(stage, x, use_reentrant=False) if again else stage(x)
         return x if labels is None else loss(x, labels)
 
 

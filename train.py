@@ -22,15 +22,13 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields, replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -73,21 +71,13 @@ def momentum(runs, layout, lr):
     return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
-class Family(NamedTuple):
-    """All in which models of text and models of images differ here."""
-    module: ModuleType              # with branches, layout, init, loss, PRESETS
-    Model: type
-    size: str                       # the size in the model's config that the data decides
-    optimizer: Callable
-    moments: tuple                  # the optimizer's state of each weight
-    max_norm: float                 # gradients are clipped to it; recipes for images do not clip
-    last_lr: float                  # where the schedule ends, as a part of the peak
-    classifies: bool                # then accuracy is of interest
-    scales: bool                    # branches' outputs are scaled (a batch norm behind the sum would undo it)
-
-
-TEXT = Family(llama, llama.Llama, "vocab_size", adamw, ("exp_avg", "exp_avg_sq"), 1.0, 0.1, False, True)
-IMAGES = Family(resnet, resnet.ResNet, "num_classes", momentum, ("momentum_buffer",), math.inf, 0.0, True, False)
+# All in which models of text and models of images differ here.  size: what the data decides of the config;
+# moments: the optimizer's state of a weight; last_lr: where the schedule ends, as a part of the peak; scales:
+# branches are scaled (a batch norm behind the sum would undo it)
+TEXT = SimpleNamespace(module=llama, Model=llama.Llama, size="vocab_size", optimizer=adamw,
+                       moments=("exp_avg", "exp_avg_sq"), max_norm=1.0, last_lr=0.1, scales=True)
+IMAGES = SimpleNamespace(module=resnet, Model=resnet.ResNet, size="num_classes", optimizer=momentum,
+                         moments=("momentum_buffer",), max_norm=math.inf, last_lr=0.0, scales=False)
 FAMILIES = {model: IMAGES if model in resnet.PRESETS else TEXT for model in DEFAULTS}
 
 
@@ -109,10 +99,10 @@ def shared_flags(description):
     p.add_argument("--subnets", type=positive, help="S: different subnetworks [workers; 4 without torchrun]")
     p.add_argument("--seed", type=int, default=0, help="[%(default)s]")
     p.add_argument("--batch-size", type=positive, help="per worker and micro-step [by model]")
-    p.add_argument("--seq-len", type=positive, help="tokens per sequence [by model]")
+    p.add_argument("--seq-len", type=positive, help="tokens per sequence, for text [by model]")
     p.add_argument("--lr", type=float, help="peak learning rate [by model]")
     p.add_argument("--grad-accum", type=positive, default=1, help="micro-steps per update [%(default)s]")
-    p.add_argument("--device", help="cpu or cuda [cuda where there is one]")
+    p.add_argument("--device", choices=["cpu", "cuda"], help="[cuda where there is one]")
     p.add_argument("--timeout", type=positive, default=600, help="seconds to wait for others [%(default)s]")
     p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of products [%(default)s]")
     p.add_argument("--reduce-dtype", choices=["fp32", "bf16"], default="fp32", help="of sums [%(default)s]")
@@ -130,16 +120,14 @@ def parse(argv):
     p.add_argument("--eval-every", type=positive, help="updates between evaluations [by model]")
     p.add_argument("--save-every", type=positive, default=500, help="updates between checkpoints [500]")
     p.add_argument("--log-every", type=positive, default=10, help="updates between lines of output [10]")
-    p.add_argument("--out-dir", default="out", help="[%(default)s]")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out-dir, if any")
-    p.add_argument("--overwrite", action="store_true", help="delete the run in --out-dir first")
+    p.add_argument("--out-dir", type=os.path.expanduser, default="out", help="[%(default)s]")
+    either = p.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="go on from --out-dir's checkpoint, if any")
+    either.add_argument("--overwrite", action="store_true", help="delete the run in --out-dir first")
     p.add_argument("--sample", metavar="TEXT", help="with --resume: print a continuation of TEXT and stop")
     args = p.parse_args(argv)
-    if args.resume and args.overwrite:
-        raise UserError("--resume and --overwrite contradict each other; give one of them")
-    for flag in "compile", "checkpoint-activations":
-        if vars(args)[flag.replace("-", "_")] and not DISTRIBUTED:
-            raise UserError(f"--{flag} needs real workers: start with torchrun --nproc-per-node=1 or more")
+    if (args.compile or args.checkpoint_activations) and not DISTRIBUTED:
+        raise UserError("--compile and --checkpoint-activations need real workers: start with torchrun")
     return args
 
 
@@ -150,37 +138,29 @@ def coverage_to_held(text, n_subnets):
     try:
         k = Fraction(text) * n_subnets
     except (ValueError, ZeroDivisionError):
-        raise UserError(f"--coverage {text} is neither a number nor a fraction such as 5/8") from None
-    if not 0 < k <= n_subnets:
-        raise UserError(f"--coverage {text} must be more than 0 and at most 1")
-    if round(k) == 0 or abs(k - round(k)) > Fraction(1, 1000):       # 0.33 is not 1/3, but 0.3333 is
-        near = " and ".join(f"{i}/{n_subnets}" for i in (math.floor(k), math.ceil(k)) if i)
-        raise UserError(f"--coverage {text} is not a multiple of 1/{n_subnets}; the nearest are {near}")
-    return round(k)
+        k = Fraction(0)
+    held = round(k)
+    if not 1 <= held <= n_subnets or abs(k - held) > Fraction(1, 1000):  # 0.33 is not 1/3, but 0.3333 is
+        raise UserError(f"--coverage {text} is none of k/{n_subnets}, with k from 1 to {n_subnets}")
+    return held
 
 
 def settle(args, saved):
     """Fills in what the flags leave open, and refuses what cannot be.  saved: checkpoint's config or {}."""
-    if saved and args.model not in (None, saved["model"]):
-        raise UserError(f"--model {args.model} contradicts the checkpoint, which has {saved['model']}")
     args.model = args.model or saved.get("model", "llama-tiny")
+    if saved and args.model != saved["model"]:
+        raise UserError(f"--model {args.model} contradicts the checkpoint, which has {saved['model']}")
     if args.data is None:
         args.data = saved.get("data", DEFAULTS[args.model]["data"])
     for flag, value in {**DEFAULTS[args.model], **(SHAPES if args.data == "shapes" else {})}.items():
         if getattr(args, flag, None) is None:
             setattr(args, flag, value)
-    if FAMILIES[args.model] is IMAGES:
-        if args.data not in data.IMAGES:
-            known = ", ".join(data.IMAGES)
-            raise UserError(f"{args.model} reads images: --data can be {known}, not {args.data}")
-        if args.seq_len is not None:
-            raise UserError(f"--seq-len is for text, and {args.model} reads images")
-    else:
-        if args.data in data.IMAGES:
-            raise UserError(f"--data {args.data} holds images, {args.model} reads text: use --model resnet18")
-        context = llama.PRESETS[args.model].max_position_embeddings
-        if args.seq_len > context:
-            raise UserError(f"--seq-len {args.seq_len} is longer than the context of {args.model}, {context}")
+    family = FAMILIES[args.model]
+    if (family is IMAGES) != (args.data in data.IMAGES):
+        raise UserError(f"{args.model} cannot read --data {args.data}: resnet18 reads images "
+                        f"({', '.join(data.IMAGES)}), the others read text")
+    if family is TEXT and args.seq_len > llama.PRESETS[args.model].max_position_embeddings:
+        raise UserError(f"--seq-len {args.seq_len} is longer than the context of {args.model}")
     if not 0 < args.lr < 1e6:
         raise UserError(f"--lr must be a positive number below a million, not {args.lr}")
     if args.seed < 0:
@@ -195,90 +175,85 @@ def settle(args, saved):
 
 # -- The run ---------------------------------------------------------------------------------------
 
-def train(args, device, checkpoint):
-    """Set-up, loop, evaluations, checkpoints.  -> False if it did not come to an end."""
+def train(args, device):
+    """Set-up, loop, evaluations, checkpoints."""
     # Data, model, and masks: which of the S subnetworks holds which neuron
+    out_dir = Path(args.out_dir)
+    checkpoint, checksum = open_checkpoint(out_dir) if args.resume else (None, None)
     saved = checkpoint["config"] if checkpoint else {}
     settle(args, saved)
     dataset, config = load_data(args, device)
     design = Design(args, config)
     start, updates = check(checkpoint, design, dataset) if checkpoint else (0, 0)
-    agree({"data": dataset.digest, "masks": digest(design.masks)})
-    out_dir = Path(args.out_dir).expanduser()
-    first_rank_first(partial(claim, out_dir, args.resume, args.overwrite, start))
-    workers = WORLD if DISTRIBUTED else args.subnets
+    files = [module.__file__ for module in (sys.modules[__name__], sdp, data, llama, resnet)]
+    code = b"".join(Path(file).read_bytes() for file in files)
+    agree({**vars(args), "version of torch": torch.__version__, "code": hashlib.sha256(code).hexdigest(),
+           "checkpoint": checksum, "contents of --data": dataset.digest, "masks": digest(design.masks)})
+    first_rank_first(partial(claim, args, start))
+    describe(design, dataset, saved, device)
     batch = dataset.batch("train", 0, 0, 1)
-    describe(design, dataset, saved, workers, device)
     flops, ddp_flops = measure_workers(design, batch)                # of one micro-step
     steps = round(args.steps * ddp_flops / flops) if args.flop_match else args.steps
     if start >= steps:
         say(f"nothing to do: the checkpoint in {out_dir} is of step {start}, and the run has {steps} steps")
-        return False
+        return
 
     # This process's worker (without torchrun all of them), and the optimizer of what it trains
-    sync = build(design, device, workers, checkpoint)
+    sync = build(design, device, checkpoint)
     optimizer = design.family.optimizer(sync.runs, design.layout, args.lr)
-    if updates:
+    if checkpoint:
         restore(optimizer, sync, checkpoint["optimizer"])
     full = design.full_model()                                       # to evaluate
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     flops_done = saved.get("flops", 0)
-    skipped = in_a_row = 0                                           # updates that were not finite
-    since, timed = time.perf_counter(), start                        # when and where the clock was started
+    skipped = 0                                                      # updates that were not finite
+    started = time.perf_counter()
+    watch_signals()
 
     for step in range(start, steps):
+        began = time.perf_counter()
         now, end = step + 1, step + 1 == steps
-        phase(f"step {now}")
         lr = learning_rate(step, steps, args.lr, design.family.last_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = accumulate(sync, dataset, step, args.grad_accum, autocast)
         # Norm, loss and the wish to stop travel in one message, and the host waits for the device but once
-        message = sync.clip_grad_norm(design.family.max_norm, loss / workers, float(STOP))
+        message = sync.clip_grad_norm(design.family.max_norm, loss / sync.world, float(STOP))
         norm, loss, stops = message.tolist()
         if math.isfinite(norm) and math.isfinite(loss):              # alike on all ranks
             optimizer.step()
             updates += 1
-            in_a_row = 0
         else:
             skipped += 1
-            in_a_row += 1
-            if in_a_row == 10:
-                raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {now}: "
-                                f"go on from the last checkpoint with --resume and a smaller --lr")
         optimizer.zero_grad()
         sync.refresh()                                               # backward masking: new frozen weights
         flops_done += flops * args.grad_accum
+        ms = (time.perf_counter() - began) * 1000
 
-        evaluates = end or (now % args.eval_every == 0 and not stops)        # there may be no time
+        evaluates = end or (now % args.eval_every == 0 and not stops)  # there may be no time
+        saves = end or stops or now % args.save_every == 0
+        if evaluates or saves:
+            statistics = estimate_statistics(sync, full, dataset, autocast)
         if evaluates or now % args.log_every == 0:
-            ms = (time.perf_counter() - since) * 1000 / (now - timed)
-            speed = workers * args.grad_accum * batch[1].numel() / ms * 1000
+            speed = sync.world * args.grad_accum * batch[1].numel() / ms * 1000
             sent_bytes, peak = largest_of_ranks(sync)
             line = {"step": now, "loss": loss, "lr": lr, "grad_norm": norm, "step_ms": ms,
                     f"{dataset.unit}_per_s": speed, "sent_bytes": sent_bytes, "peak_mem_bytes": peak,
                     "flops": flops_done, "skipped": skipped}
+            left = (time.perf_counter() - started) / (now - start) * (steps - now)
             say(f"step {now:5}/{steps}  loss {loss:.4f}  {ms:6.0f} ms/step  {speed:8.0f} {dataset.unit}/s  "
-                f"{(steps - now) * ms / 60000:5.1f} min left")
+                f"{left / 60:5.1f} min left")
             if evaluates:
-                phase(f"the evaluation after step {now}")
-                statistics = estimate_statistics(sync, full, dataset, autocast)
-                line |= evaluate(sync, full, dataset, design.family, autocast)
+                line |= evaluate(sync, full, dataset, design.family.module.loss, autocast)
             first_rank_first(partial(log, out_dir / "metrics.jsonl", line))
-            since, timed = time.perf_counter(), now
-        if end or stops or now % args.save_every == 0:
-            phase(f"the checkpoint after step {now}")
-            paused = time.perf_counter()
-            if not evaluates:
-                statistics = estimate_statistics(sync, full, dataset, autocast)
-            facts = {**design.facts(), "data_digest": dataset.digest, "flops": flops_done}
-            masks = design.masks if args.parallel == "sdp" else {}
-            save_checkpoint(out_dir, sync, optimizer, now, updates, facts, masks, statistics)
-            since += time.perf_counter() - paused                    # not a part of any step
+        if saves:
+            config = {**vars(args), **asdict(design.config), "mask_seed": design.mask_seed,
+                      "data_digest": dataset.digest, "flops": flops_done}
+            facts = {"step": now, "config": config, "masks": design.masks}
+            save_checkpoint(out_dir, facts, sync, optimizer, design.family.moments, updates, statistics)
         if stops and not end:
             say(f"told to stop: saved after step {now}; the same command with --resume goes on from there")
-            return False
-    return True
+            return
 
 
 def accumulate(sync, dataset, step, micro_steps, autocast):
@@ -297,18 +272,18 @@ def accumulate(sync, dataset, step, micro_steps, autocast):
 
 
 def learning_rate(step, steps, peak, last):
-    """Warm-up over the first 5 %, then a cosine down to `last` times the peak."""
-    warm = max(1, steps // 20)
+    """Warm-up over a fifth of the run (at most 1,000 updates), then a cosine down to `last` times the peak."""
+    warm = max(1, min(steps // 5, 1000))
     if step < warm:
         return peak * (step + 1) / warm
-    return peak * (last + (1 - last) * (0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))))
+    height = (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
+    return peak * (last + (1 - last) * height)
 
 
 # -- From flags to workers -------------------------------------------------------------------------
 
 def load_data(args, device):
     """-> the data set, and the model's sizes made to fit it."""
-    phase("loading the data")
     first_rank_first(partial(data.download_images, args.data))
     dataset = data.load(args.data, args.batch_size, args.seq_len, args.seed, device)
     family = FAMILIES[args.model]
@@ -323,6 +298,7 @@ class Design:
         self.branches, self.layout = self.family.module.branches(config), self.family.module.layout(config)
         self.backward = args.masking == "backward"
         self.mask_seed, self.masks = args.seed, self.make_masks(args.seed)
+        self.n_subnets = sdp.count_subnets(self.masks)
 
     def make_masks(self, seed):
         if self.args.parallel != "sdp":                              # one subnetwork, which holds everything
@@ -330,26 +306,13 @@ class Design:
         held = coverage_to_held(self.args.coverage, self.args.subnets)
         return sdp.MASKS[self.args.level](self.branches, self.args.subnets, held, seed)
 
-    def keep_masks(self, saved, masks):
-        """Takes a checkpoint's masks, if flags are as they were and the mask function still makes them."""
-        if self.args.parallel != "sdp":
-            return
-        seed = saved.get("mask_seed", saved["seed"])
-        if any(saved[flag] != vars(self.args)[flag] for flag in ("parallel", "subnets", "coverage", "level")):
-            say("new masks: --parallel, --subnets, --coverage or --level is not as it was")
-        elif digest(self.make_masks(seed)) != digest(masks):
-            say("new masks: the mask function does not make the saved ones any more")
-        else:
+    def keep_masks(self, seed, masks):
+        """Takes a checkpoint's masks if, with their seed, today's flags and mask function make the same."""
+        if digest(self.make_masks(seed)) == digest(masks):
             say("the masks are the saved ones")
             self.mask_seed, self.masks = seed, masks
-
-    @property
-    def n_subnets(self):
-        return next(iter(self.masks.values())).shape[1]
-
-    def facts(self):
-        """What a checkpoint says of the run: sizes and flags, plain values."""
-        return {**vars(self.args), **asdict(self.config), "mask_seed": self.mask_seed}
+        else:
+            say("new masks: today's flags or mask function do not make the saved ones")
 
     def full_model(self):
         with torch.device("meta"):                                   # shapes without memory
@@ -358,7 +321,7 @@ class Design:
     def model(self, subnet):
         """The model that a worker with this subnetwork trains, on the meta device."""
         more = {}
-        if self.family.scales and not self.backward:                 # a part of a branch, at the size of the whole
+        if self.family.scales and not self.backward:                 # brings a part to the size of the whole
             more["scales"] = sdp.branch_scales(self.masks, subnet)
         with torch.device("meta"):
             model = self.family.Model(self.config, sdp.held_counts(self.masks, subnet), self.backward, **more)
@@ -381,12 +344,12 @@ class Design:
                                       reduce_dtype=wire, compile=self.args.compile)
 
 
-def build(design, device, workers, checkpoint):
+def build(design, device, checkpoint):
     """This process's worker, or without torchrun all of them, with the checkpoint's weights or new ones."""
     value = checkpoint["model"].__getitem__ if checkpoint else design.initial()
     if not DISTRIBUTED:
         modules = [design.model(subnet) for subnet in range(design.n_subnets)]
-        return sdp.Simulation(modules, design.masks, design.layout, value, workers, device)
+        return sdp.Simulation(modules, design.masks, design.layout, value, design.args.subnets, device)
     subnet = RANK % design.n_subnets
     module = sdp.materialize(design.model(subnet), design.masks, design.layout, subnet, value, device)
     sync = design.wrap(module)
@@ -404,7 +367,7 @@ def compile_blocks(model):
 
 
 class DataParallel:
-    """torch's DistributedDataParallel with the interface of sdp.SubnetDataParallel, and no hook of ours."""
+    """torch's DistributedDataParallel with the interface of sdp.SubnetDataParallel, to compare with."""
 
     def __init__(self, module, wire=None):
         for p in module.parameters():
@@ -446,18 +409,17 @@ class DataParallel:
 
 # -- What is said of a run before it begins --------------------------------------------------------
 
-UNIMPORTANT = "out_dir resume overwrite sample device timeout data eval_every save_every log_every".split()
-
-
-def describe(design, dataset, saved, workers, device):
+def describe(design, dataset, saved, device):
     """Prints what is trained, where, with which masks, and what is not as it was before --resume."""
     args = design.args
     synthetic = " (synthetic)" if args.data == "shapes" else ""
-    where = "" if DISTRIBUTED else " simulated in this process"
-    say(f"{args.model} on {args.data}{synthetic}, {args.parallel}, {workers} workers{where}, {device.type}, "
-        f"{args.dtype}; validation: {dataset.validation}")
-    changed = [f"--{flag.replace('_', '-')} {value} (was {saved[flag]})" for flag, value in vars(args).items()
-               if flag not in UNIMPORTANT and saved.get(flag, value) != value]
+    workers = f"{WORLD} workers" if DISTRIBUTED else f"{args.subnets} workers simulated in this process"
+    say(f"{args.model} on {args.data}{synthetic}, {args.parallel}, {workers}, {device.type}, {args.dtype}; "
+        f"validation: {dataset.validation}")
+    flags = ("parallel", "masking", "level", "coverage", "subnets", "steps", "seed", "batch_size", "seq_len",
+             "grad_accum", "lr", "dtype", "reduce_dtype")
+    changed = [f"--{flag.replace('_', '-')} {vars(args)[flag]} (was {saved[flag]})" for flag in flags
+               if saved and saved[flag] != vars(args)[flag]]
     if changed:
         say(f"not as it was before --resume: {', '.join(changed)}")
     if args.parallel == "sdp":
@@ -489,11 +451,10 @@ def measure_workers(design, batch):
     models = [ddp, *(design.model(subnet) for subnet in range(design.n_subnets))]
     weights = [sum(p.nbytes for p in model.parameters()) for model in models]
     trained = [sum(p.nbytes for p in model.parameters() if p.requires_grad) for model in models]
-    state = [len(design.family.moments) * nbytes for nbytes in trained]
     flops = [measure_flops(model, batch) for model in models]
     say(f"\n  {'one worker':22}{'DDP':>12}{'largest here':>14}")
     for name, unit, values in (("parameters, MB", 1e6, weights), ("gradients, MB", 1e6, trained),
-                               ("optimizer state, MB", 1e6, state), ("GFLOPs a micro-step", 1e9, flops)):
+                               ("GFLOPs a micro-step", 1e9, flops)):
         most = max(values[1:])
         say(f"  {name:22}{values[0] / unit:12.2f}{most / unit:14.2f}{most / values[0]:8.0%}")
     say()
@@ -518,99 +479,91 @@ def run_full_model(sync, full, dataset, split, steps):
 
 @torch.no_grad()
 def estimate_statistics(sync, full, dataset, autocast):
-    """Mean and variance of every batch norm's inputs in the full model; puts them into `full`.
+    """Mean and variance of every batch norm's inputs in the full model, put into `full`.  -> {name: tensor}
 
-    The statistics of the subnetworks are not those of the full model, so training keeps none.  These are the
-    plain means over all workers' first training batches.  -> {name: tensor}, without batch norms {}.
+    Those of the subnetworks would be of no use.  These are plain means over all workers' first batches.
     """
     norms = [module for module in full.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.to_empty(device=sync.device).reset_running_stats()
-    if norms:
-        full.train()
-        steps = -(-STATISTICS_IMAGES // (dataset.batch_size * sync.world))
-        with autocast:
-            for _ in run_full_model(sync, full, dataset, "train", steps):
-                pass
-        full.eval()
-        for b in full.buffers() if DISTRIBUTED else ():
-            dist.all_reduce(b)                                       # of equally many images each
-            if b.is_floating_point():
-                b /= WORLD
+    steps = math.ceil(STATISTICS_IMAGES / (dataset.batch_size * sync.world)) if norms else 0
+    full.train()
+    with autocast:
+        for _ in run_full_model(sync, full, dataset, "train", steps):
+            pass
+    full.eval()
+    for b in full.buffers() if DISTRIBUTED else ():
+        dist.all_reduce(b)                                           # of equally many images each
+        if b.is_floating_point():
+            b /= WORLD
     return dict(full.named_buffers())
 
 
 @torch.no_grad()
-def evaluate(sync, full, dataset, family, autocast):
-    """Says and returns val_loss of the full model, in nats per token or image; val_acc of a classifier."""
+def evaluate(sync, full, dataset, loss_of, autocast):
+    """Says and returns val_loss of the full model, in nats per token or image, and val_acc."""
     sums = torch.zeros(3, dtype=torch.float64, device=sync.device)   # losses, right answers, all answers
     with autocast:
         for outputs, y in run_full_model(sync, full, dataset, "val", dataset.val_steps(sync.world)):
-            sums[0] += family.module.loss(outputs, y) * y.numel()
+            sums[0] += loss_of(outputs, y) * y.numel()
             sums[1] += (outputs.argmax(-1) == y).sum()
             sums[2] += y.numel()
     if DISTRIBUTED:
         dist.all_reduce(sums)
     loss, accuracy = (sums[:2] / sums[2]).tolist()
-    scores = {"val_loss": loss}
-    more = ""
-    if family.classifies:
-        scores["val_acc"] = accuracy
-        more = f", accuracy {accuracy:.2%}"
-    elif dataset.vocab_size == 256:
-        more = f" = {loss / math.log(2):.4f} bits per byte"
-    say(f"{'':18}full model: validation loss {loss:.4f} nats{more}")
-    return scores
+    say(f"{'':18}full model: validation loss {loss:.4f} nats, accuracy {accuracy:.2%}")
+    return {"val_loss": loss, "val_acc": accuracy}
 
 
 def largest_of_ranks(sync):
     """-> most bytes that a worker sends in an update, and most that it had on its GPU, without one None."""
-    peak = torch.cuda.max_memory_allocated(sync.device) if sync.device.type == "cuda" else -1
-    both = torch.tensor([sync.sent_bytes, peak], dtype=torch.float64, device=sync.device)
+    both = [sync.sent_bytes, torch.cuda.max_memory_allocated()]
+    both = torch.tensor(both, dtype=torch.float64, device=sync.device)
     if DISTRIBUTED:
         dist.all_reduce(both, op=dist.ReduceOp.MAX)
     sent_bytes, peak = both.tolist()
-    return round(sent_bytes), None if peak < 0 else int(peak)
+    return round(sent_bytes), int(peak) or None
 
 
-def sample(checkpoint, prompt, device, count=200):
-    """Text from a checkpoint's full model: an ordinary Llama, no trace of subnetworks is left in it."""
+def sample(args, count=200):
+    """Prints text of a checkpoint's full model: an ordinary Llama, no trace of subnetworks is left in it."""
+    checkpoint, _ = open_checkpoint(Path(args.out_dir)) if args.resume else (None, None)
+    if checkpoint is None:
+        raise UserError(f"--sample needs --resume and a checkpoint in --out-dir {args.out_dir}")
     saved = checkpoint["config"]
     if FAMILIES[saved["model"]] is not TEXT:
         raise UserError(f"--sample prints text, and the checkpoint's model, {saved['model']}, reads images")
     encoding = data.encoding_for(saved["vocab_size"])
-    try:
-        config = llama.LlamaConfig(**{field.name: saved[field.name] for field in fields(llama.LlamaConfig)})
-        with torch.device("meta"):
-            model = llama.Llama(config)
-        model.load_state_dict(checkpoint["model"], assign=True)
-    except (KeyError, RuntimeError, TypeError):
-        raise UserError("the checkpoint's 'model' does not have the sizes that its 'config' says") from None
-    tokens = torch.tensor([encoding.encode_ordinary(prompt) or [10]], device=device)
+    device, _ = pick_device(args.device)
+    with torch.device("meta"):
+        model = llama.Llama(replace(llama.PRESETS[saved["model"]], vocab_size=saved["vocab_size"]))
+    model.load_state_dict(checkpoint["model"], assign=True)
+    tokens = torch.tensor([encoding.encode_ordinary(args.sample) or [10]], device=device)
     rng = torch.Generator(device).manual_seed(0)
-    return encoding.decode(model.to(device).generate(tokens, count, generator=rng)[0].tolist())
+    say(encoding.decode(model.to(device).generate(tokens, count, generator=rng)[0].tolist()))
 
 
-# -- The out-dir, and checkpoints: always of the full model, so that any workers can go on with any 
+# -- The out-dir, and checkpoints: always of the full model, so that any workers can go on with any -
 
-def claim(out_dir, resume, overwrite, step):
-    """Rank 0 takes the out-dir for a run that begins at `step`; touches no run that nobody said to touch."""
+def claim(args, step):
+    """Rank 0 takes the out-dir for a run that begins at `step`."""
     global LOCK
+    out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    LOCK = open(out_dir / "lock", "a")                               # the process's end closes it too
+    LOCK = open(out_dir / "lock", "a")                               # held until this process ends
     try:
         fcntl.flock(LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another run is at work in {out_dir}: wait, or take another --out-dir") from None
     metrics, part = out_dir / "metrics.jsonl", out_dir / "metrics.part"
     old = [file for file in (out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt", metrics) if file.exists()]
-    if sum(file.stat().st_size for file in old) and not (resume or overwrite):
+    if any(file.stat().st_size for file in old) and not (args.resume or args.overwrite):
         raise UserError(f"{out_dir} already holds a run: --resume goes on with it, --overwrite replaces it, "
                         f"another --out-dir leaves it alone")
-    for file in old if overwrite else []:
+    for file in old if args.overwrite else []:
         file.unlink()
-    lines = metrics.read_bytes().splitlines() if metrics.exists() else []
-    part.write_bytes(b"".join(line + b"\n" for line in lines if is_done(line, step)))
+    lines = metrics.read_bytes().splitlines(True) if metrics.exists() else []
+    part.write_bytes(b"".join(line for line in lines if is_done(line, step)))
     os.replace(part, metrics)
 
 
@@ -623,36 +576,37 @@ def is_done(line, step):
 
 
 def log(path, line):
+    finite = {name: x if x is not None and math.isfinite(x) else None for name, x in line.items()}
     with open(path, "a") as f:
-        finite = {name: x if x is None or math.isfinite(x) else None for name, x in line.items()}
-        f.write(json.dumps(finite) + "\n")                          # JSON knows no NaN
+        f.write(json.dumps(finite) + "\n")                           # JSON knows no NaN
 
 
-def save_checkpoint(out_dir, sync, optimizer, step, updates, config, masks, statistics):
+def save_checkpoint(out_dir, facts, sync, optimizer, moments, updates, statistics):
     """Gathers model and optimizer state, one parameter at a time, and writes ckpt.pt.  The old one stays.
 
-    updates: how often the optimizer has stepped.  statistics: of batch norms, {name: tensor}.
+    facts: the rest of the checkpoint.  moments: names in the optimizer's state.  updates: how often it has
+    stepped; before the first time its moments are zeros.  statistics: of batch norms, {name: tensor}.
     """
     def gather(tensors=None):
         return {name: t.cpu().clone() if RANK == 0 else None for name, t in sync.gather(tensors)}
 
-    states = [optimizer.state[run.param] for run in sync.runs]
-    keys = [key for key, value in states[0].items() if torch.is_tensor(value) and value.dim()]
-    moments = {key: gather([state[key] for state in states]) for key in keys}
+    def moment(key):
+        return [optimizer.state[run.param].get(key, torch.zeros_like(run.param)) for run in sync.runs]
+
+    gathered = {key: gather(moment(key)) for key in moments}
     model = gather()
 
     def write():
-        state = {name: {**{key: moments[key][name] for key in keys}, "step": updates} for name in model}
+        state = {name: {"step": updates, **{key: gathered[key][name] for key in moments}} for name in model}
         model.update({name: b.cpu() for name, b in statistics.items()})
-        if not all(t.isfinite().all() for tensors in (model, *moments.values()) for t in tensors.values()):
-            raise UserError(f"weights after step {step} are not finite, so not saved: try a smaller --lr")
-        checkpoint = {"model": model, "optimizer": state, "step": step, "config": config, "masks": masks}
-        write_checkpoint(checkpoint, out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt")
+        if not all(t.isfinite().all() for tensors in (model, *gathered.values()) for t in tensors.values()):
+            raise UserError("weights are not finite any more, so not saved: --resume with a smaller --lr")
+        write_checkpoint({"model": model, "optimizer": state, **facts}, out_dir / "ckpt.pt")
     first_rank_first(write)
 
 
-def write_checkpoint(checkpoint, path, before):
-    """Only a whole file on the disk gets the name `path`; the one that had it is called `before`."""
+def write_checkpoint(checkpoint, path):
+    """Only a whole file on the disk gets the name `path`; the one that had it is ckpt.prev.pt then."""
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as f:
@@ -663,9 +617,9 @@ def write_checkpoint(checkpoint, path, before):
             raise OSError("it does not read back as it was written")
     except (OSError, RuntimeError, zipfile.BadZipFile) as e:         # on a full disk torch has a RuntimeError
         part.unlink(missing_ok=True)
-        raise OSError(0, str(e).splitlines()[0], str(path)) from None
+        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; --resume then goes on") from None
     if path.exists():
-        os.replace(path, before)
+        os.replace(path, path.with_name("ckpt.prev.pt"))
     os.replace(part, path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)                                                 # or a power cut could undo the renaming
@@ -675,41 +629,32 @@ def write_checkpoint(checkpoint, path, before):
 def open_checkpoint(out_dir):
     """-> the newest undamaged checkpoint and a checksum of it, or (None, None) if there is none.
 
-    Its tensors are mapped: a rank reads only what it cuts.  Raises UserError if all are damaged, or not ours.
+    Its tensors are mapped: a rank reads only what it cuts.
     """
     paths = [path for path in (out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt") if path.exists()]
     for path in paths:
+        checkpoint = None
         try:
             # torch.load notices no flipped bit, but the zip checksums do; what zip forgives, torch does not
             archive = zipfile.ZipFile(path)
-            if archive.testzip() is not None:
+            if archive.testzip():
                 continue
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError:                               # more than tensors and plain values
-            checkpoint = None
+            pass
         except Exception:                                            # damage has many faces
             with open(path, "rb") as file:
                 if file.read(2) == b"PK":                            # an archive, as ours are
                     continue
-            checkpoint = None
-        if not is_ours(checkpoint):
-            raise UserError(f"{path} is not a checkpoint of this program: move it, or take another --out-dir")
+        config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
+        if not isinstance(config, dict) or config.get("model") not in DEFAULTS or "mask_seed" not in config:
+            raise UserError(f"{path} is not a checkpoint of this program: move it, or change --out-dir")
         if path != paths[0]:
             say(f"warning: {paths[0]} is damaged, going on from {path}")
         return checkpoint, str([file.CRC for file in archive.infolist()])
     if paths:
         raise UserError(f"{paths[0]} is damaged and no other is there: start again with --overwrite")
     return None, None
-
-
-def is_ours(checkpoint):
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("config"), dict):
-        return False
-    config = checkpoint["config"]
-    parts = {"model", "optimizer", "step", "masks"}
-    flags = {"data": str, "seed": int, "parallel": str, "subnets": int, "coverage": str, "level": str}
-    typed = all(type(config.get(flag)) is kind for flag, kind in flags.items())
-    return typed and parts <= checkpoint.keys() and config.get("model") in DEFAULTS
 
 
 def kinds(x):
@@ -721,24 +666,18 @@ def kinds(x):
 
 def check(checkpoint, design, dataset):
     """-> steps and updates done.  Raises UserError unless the checkpoint fits model, data, and itself."""
-    saved, full = checkpoint["config"], design.full_model()
-    no_update = {name: {"step": 0} for name in design.layout}
-    moments = design.family.moments
-    state = {name: {**dict.fromkeys(moments, p), "step": 0} for name, p in full.named_parameters()}
-    masks = {}                                                       # of DDP
-    if saved["parallel"] == "sdp":
-        n = saved["subnets"]
-        masks = {name: torch.empty(b[1], n, dtype=torch.bool) for name, b in design.branches.items()}
-    wanted = {"model": [full.state_dict()], "optimizer": [state, no_update], "step": [0], "masks": [masks]}
-    for part, those in wanted.items():
-        if kinds(checkpoint[part]) not in map(kinds, those):
-            raise UserError(f"the checkpoint's {part!r} has other names, shapes or types than this model's")
+    full = design.full_model()
+    keys = design.family.moments
+    state = {name: {"step": 0, **dict.fromkeys(keys, p)} for name, p in full.named_parameters()}
+    for part, wanted in {"model": full.state_dict(), "optimizer": state, "step": 0}.items():
+        if kinds(checkpoint.get(part)) != kinds(wanted):
+            raise UserError(f"the checkpoint's {part} has other names, shapes or types than the model")
     step, updates = checkpoint["step"], {s["step"] for s in checkpoint["optimizer"].values()}
     if len(updates) > 1 or not 0 <= min(updates) <= step:
         raise UserError(f"the checkpoint has step {step} and {sorted(updates)[:3]} updates, which cannot be")
-    if saved.get("data_digest", dataset.digest) != dataset.digest:
+    if checkpoint["config"]["data_digest"] != dataset.digest:
         raise UserError(f"--data {design.args.data} contradicts the checkpoint, which has seen other data")
-    design.keep_masks(saved, checkpoint["masks"])
+    design.keep_masks(checkpoint["config"]["mask_seed"], checkpoint.get("masks", {}))
     return step, min(updates)
 
 
@@ -752,11 +691,9 @@ def restore(optimizer, sync, saved):
 
 # -- The processes ---------------------------------------------------------------------------------
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-DISTRIBUTED = all(os.environ.get(name) for name in TORCHRUN)         # started by torchrun
+DISTRIBUTED = dist.is_torchelastic_launched()                        # by torchrun
 RANK = int(os.environ["RANK"]) if DISTRIBUTED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if DISTRIBUTED else 1
-PHASE = "the start"                 # where the other workers were lost
 STOP = False                        # somebody wants this machine back
 PATIENT = None                      # the process group of all ranks in which waiting has no limit
 LOCK = None                         # rank 0 holds the out-dir
@@ -767,80 +704,51 @@ def say(*words):
         print(*words, flush=True)
 
 
-def phase(name):
-    global PHASE
-    PHASE = name
+def stop(signum, _):
+    """A signal to end lets the update end first, and the checkpoint be written."""
+    global STOP
+    if STOP and signum == signal.SIGINT:
+        raise KeyboardInterrupt("interrupted once more: nothing else is saved")
+    STOP = True
 
 
-@contextmanager
-def stop_signals():
-    """Inside, a signal to end lets the update end first, and the checkpoint be written."""
-    def stop(signum, _):
-        global STOP
-        if STOP and signum == signal.SIGINT:
-            leave(130, "interrupted once more: nothing else is saved")
-        STOP = True
-
-    before = {}
-    for s in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
-        if signal.getsignal(s) != signal.SIG_IGN:                    # as nohup does with SIGHUP
-            before[s] = signal.signal(s, stop)
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-        if LOCK:
-            LOCK.close()
+def watch_signals():
+    for signum in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
+        if signal.getsignal(signum) != signal.SIG_IGN:               # as nohup does with SIGHUP
+            signal.signal(signum, stop)
 
 
 def pick_device(wanted):
     """This rank's device, and the backend: NCCL where each rank has a GPU of its own, otherwise gloo."""
     gpus = torch.cuda.device_count()
-    kind, _, index = (wanted or ("cuda" if gpus else "cpu")).partition(":")
-    if kind not in ("cpu", "cuda") or not (index or "0").isdigit():
-        raise UserError(f"--device {wanted} is not cpu or cuda")
-    if kind == "cpu":
+    if wanted == "cpu" or not (wanted or gpus):
         return torch.device("cpu"), "gloo"
     if not gpus:
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
-    index = int(os.environ["LOCAL_RANK"]) % gpus if DISTRIBUTED else int(index or 0)
-    if index >= gpus:
-        raise UserError(f"--device {wanted}: this machine has CUDA devices 0 to {gpus - 1}")
+    index = int(os.environ["LOCAL_RANK"]) % gpus if DISTRIBUTED else 0
     torch.cuda.set_device(index)
     own = DISTRIBUTED and int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus
     return torch.device("cuda", index), "nccl" if own else "gloo"
 
 
-def ask_linux():
-    """Two wishes: end with torchrun, and keep freed memory for the next update."""
-    libc = ctypes.CDLL(None)
-    if DISTRIBUTED and hasattr(libc, "prctl"):
-        libc.prctl(1, signal.SIGTERM)                                # PR_SET_PDEATHSIG
-    if hasattr(libc, "mallopt"):
-        # glibc gives large freed blocks back.  An update whose gradients come and go then waits for 20,000 to
-        # 35,000 new pages (llama-134m), some 3 % of its time
-        libc.mallopt(-3, 32 * 2**20)                                 # M_MMAP_THRESHOLD: the largest it takes
-        libc.mallopt(-1, -1)                                         # M_TRIM_THRESHOLD: never
-
-
 def start_processes(wanted, timeout):
     """Joins the other ranks.  -> this rank's device"""
     global PATIENT
-    if "RANK" in os.environ and not DISTRIBUTED:
-        raise UserError(f"of {' '.join(TORCHRUN)} only some are set: start with torchrun, or unset them")
     device, backend = pick_device(wanted)
-    ask_linux()
-    if DISTRIBUTED:
-        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")     # for groups that overlap, see sdp.py
-        wait = timedelta(seconds=timeout)
-        store, rank, world = next(rendezvous("env://", timeout=wait))
-        if os.environ["LOCAL_WORLD_SIZE"] == str(WORLD):
-            # torchrun keeps the store over restarts, and ranks would find addresses of the dead in it
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait,
-                                device_id=device if backend == "nccl" else None)
-        PATIENT = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    if not DISTRIBUTED:
+        return device
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):                                       # Linux
+        libc.prctl(1, signal.SIGTERM)                                # PR_SET_PDEATHSIG: end with torchrun
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")         # for groups that overlap, see sdp.py
+    wait = timedelta(seconds=timeout)
+    store, rank, world = next(rendezvous("env://", timeout=wait))
+    if os.environ["LOCAL_WORLD_SIZE"] == str(WORLD):
+        # torchrun keeps the store over restarts, and ranks would find addresses of the dead in it
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait,
+                            device_id=device if backend == "nccl" else None)
+    PATIENT = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     return device
 
 
@@ -854,66 +762,37 @@ def agree(mine):
     if DISTRIBUTED:
         dist.all_gather_object(ranks, mine)
     for rank, its in enumerate(ranks):
-        for name, value in its.items():
-            if str(value) != str(ranks[0][name]):                    # nan is not nan
-                raise UserError(f"rank {rank} has {name} {value}, but rank 0 has {ranks[0][name]}: start all "
-                                f"ranks with the same command, code and data")
+        for name in mine:
+            if its[name] != ranks[0][name]:
+                raise UserError(f"rank {rank} was started with another {name} than rank 0")
 
 
 def first_rank_first(work):
-    """Runs work() on rank 0 alone, while the others wait without a limit.  -> its result"""
-    result, error = None, None
+    """Runs work() on rank 0 alone, while the others wait without a limit.  Its error is everybody's."""
+    error = None
     if RANK == 0:
         try:
-            result = work()
-        except UserError as e:
+            work()
+        except (UserError, OSError) as e:
             error = str(e)
-        except OSError as e:
-            error = f"cannot write {e.filename or 'to --out-dir'}: {e.strerror or e}; --resume then goes on"
     if DISTRIBUTED:
-        both = [result, error]
-        dist.broadcast_object_list(both, group=PATIENT)
-        result, error = both
+        errors = [error]
+        dist.broadcast_object_list(errors, group=PATIENT)
+        error = errors[0]
     if error:
         raise UserError(error)
-    return result
 
 
 def main(argv=None):
     args = parse(argv)
-    device = start_processes(args.device, args.timeout)
-    files = [Path(module.__file__) for module in (sys.modules[__name__], sdp, data, llama, resnet)]
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    flags = {f"--{flag.replace('_', '-')}": value for flag, value in vars(args).items()}
-    agree({**flags, "code": code, "torch": torch.__version__, "number of threads": torch.get_num_threads()})
-    out_dir = Path(args.out_dir).expanduser()
-    checkpoint, checksum = open_checkpoint(out_dir) if args.resume else (None, None)
-    agree({"checkpoint": checksum})
     if args.sample is not None:
-        if checkpoint is None:
-            raise UserError(f"--sample needs --resume and a checkpoint in --out-dir {args.out_dir}")
-        finished = False
-    else:
-        with stop_signals():
-            finished = train(args, device, checkpoint)
-    if DISTRIBUTED:                                                  # the others need not wait for a sample
-        dist.barrier()
+        if RANK == 0:
+            sample(args)
+        return
+    train(args, start_processes(args.device, args.timeout))
+    if DISTRIBUTED:
+        dist.barrier()                                               # or gloo fails whoever still connects
         dist.destroy_process_group()
-    if RANK == 0 and args.sample is not None:
-        say(sample(checkpoint, args.sample, device))
-    del checkpoint
-    if RANK == 0 and finished and FAMILIES[args.model] is TEXT:
-        say(f"\nA sample of the full model in {out_dir / 'ckpt.pt'}:\n")
-        try:
-            say(sample(open_checkpoint(out_dir)[0], "def " if args.data == "stdlib" else "\n", device))
-        except UserError as e:
-            say(f"(none: {e})")
-
-
-def leave(code, said):
-    """Ends this process at once: threads of connections, open or dead, would wait or change the exit code."""
-    print(f"error: {said}", file=sys.stderr, flush=True)
-    os._exit(code)
 
 
 def run(main):
@@ -921,21 +800,19 @@ def run(main):
     def this_rank():
         try:
             main()
-        except (UserError, OSError) as e:
-            if RANK > 0:                                             # rank 0 says it; torchrun ends this rank
-                time.sleep(10)
-                raise UserError(f"rank {RANK}: {e}") from e
+        except (UserError, OSError):
+            if RANK > 0:
+                time.sleep(10)                                       # rank 0 says it; torchrun ends this rank
             raise
         except RuntimeError as e:
-            if not isinstance(e, dist.DistError) and "gloo" not in str(e):
-                raise
-            reason = str(e).splitlines()[0]
-            leave(1, f"rank {RANK} waited for the other workers in {PHASE}, but lost them: {reason}")
+            if isinstance(e, dist.DistError) or "gloo" in str(e):
+                raise UserError(f"rank {RANK} lost the other workers: {str(e).splitlines()[0]}") from e
+            raise
 
     sys.stdout.reconfigure(errors="replace")                         # not every terminal can show the masks
     code = data.run_program(this_rank)
     if code:
-        os._exit(code)                                               # see `leave`
+        os._exit(code)                                               # threads of dead connections would wait
 
 
 if __name__ == "__main__":

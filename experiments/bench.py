@@ -112,7 +112,6 @@ def main(argv=None):
         updates = min(TIMED, args.updates - done)
         # there and back: a drift cancels
         for name, design in list(everything.items())[::1 if len(rounds) % 2 else -1]:
-            train.phase(f"the bench of {name}")
             last = done + updates == args.updates
             trace = args.traces / f"trace-{name.replace(' ', '-')}.json" if args.traces and last else None
             memory, sent_bytes, ms = turns_of_all(design, dataset, device, updates, trace, world)

@@ -57,7 +57,6 @@ def test_bin_shards_are_llm_c_s(tmp_path):
     assert (tmp_path / "a.bin").read_bytes() == header.tobytes() + tokens.astype("<u2").tobytes()
     read, vocab = data.read_bin(tmp_path / "a.bin")
     assert vocab == 50257 and (read[:] == tokens).all()
-    assert (data.Shard(tmp_path / "a.bin", 1, 4)[1:3] == [0, 7]).all()
 
 
 HEAD = [20240520, 1, 6000, 256]
@@ -86,19 +85,10 @@ def test_bad_shards_are_one_clear_line(tmp_path, header, count, token):
     assert "\n" not in str(caught.value)
 
 
-def test_a_shard_that_shrinks_while_in_use_is_one_line(tmp_path):
-    path = text_bin(tmp_path)
-    dataset = data.load(str(path), 4, 16, 0)
-    os.truncate(path, 1100)
-    with pytest.raises(data.UserError, match="text.bin became shorter while in use"):
-        for step in range(20):
-            dataset.batch("train", step, 0, 1)
-
-
 @pytest.mark.parametrize("name", ["wikipedia", "", "x.txt", "no.bin", "d/a_train.bin", "no_*.bin", "fineweb"])
 def test_data_that_is_not_there(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(data.UserError, match="unknown --data|cannot read|no FineWeb shards"):
+    with pytest.raises((data.UserError, OSError), match="unknown --data|No such file|no FineWeb shards"):
         data.load(name, 4, 16, 0)
 
 
@@ -243,7 +233,7 @@ def test_text_command_writes_the_bytes_of_all_files(tmp_path, monkeypatch, capsy
     assert dataset.vocab_size == 256 and data.encoding_for(256).decode(list(b"d\xc3\xa9f")) == "d\u00e9f"
     monkeypatch.setattr(data, "MOST_TOKENS", 25_000)
     code, said, error = command(monkeypatch, capsys, *arguments)
-    assert (code, said) == (2, "") and "give fewer files at a time" in error
+    assert (code, said) == (2, "") and "give more or fewer files" in error
     assert len(list(out.parent.iterdir())) == 2
     assert data.load(f"{out}_train.bin", 1, 8, 0).digest == dataset.digest
 
@@ -295,17 +285,15 @@ def test_memory_of_tokenising_does_not_grow_with_the_text(tmp_path, monkeypatch,
 # Fetching ------------------------------------------------------------------------------------------------
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """A loopback stand-in for the hub: honours Range, and misbehaves as its attributes say."""
+    """A loopback stand-in for the hub, which misbehaves as its attributes say."""
     breaks = 0                                             # so many replies break off half way
-    replays = False                                        # it ignores Range and sends all of it again
-    lies = False                                           # it says 206 and sends the beginning
     length = True                                          # Content-Length; False: none; else a wrong one
     endless = False
     drip = ""                                              # "headers" or "body": a byte now and then
 
     def do_GET(self):
         hub = type(self)
-        hub.requests.append((self.path, self.headers.get("Range", "bytes=0-")))
+        hub.requests.append(self.path)
         if hub.answers:                                    # (status, headers) instead of the first replies
             status, headers = hub.answers.pop(0)
             self.send_response(status)
@@ -316,20 +304,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
         while hub.drip == "headers" and not hub.stop.wait(0.1):
             self.wfile.write(b"x")
-        start = 0 if hub.replays else int(hub.requests[-1][1][6:-1])
-        if start >= len(hub.body):
-            return self.send_error(416)
-        self.send_response(206 if start else 200)
-        start = 0 if hub.lies else start
+        self.send_response(200)
         if hub.length is not False:
-            length = len(hub.body) - start if hub.length is True else hub.length
-            self.send_header("Content-Length", str(length))
+            self.send_header("Content-Length", str(len(hub.body) if hub.length is True else hub.length))
         self.end_headers()
         while hub.drip == "body" and not hub.stop.wait(0.1):
             self.wfile.write(b"x")
-        end = start + (len(hub.body) - start) // 2 if hub.breaks else len(hub.body)
+        end = len(hub.body) // 2 if hub.breaks else len(hub.body)
         hub.breaks = max(hub.breaks - 1, 0)
-        self.wfile.write(hub.body[start:end])
+        self.wfile.write(hub.body[:end])
         while hub.endless and not hub.stop.is_set():
             self.wfile.write(bytes(2**16))
 
@@ -371,20 +354,28 @@ def hurry(monkeypatch):
 
 
 def fetched(hub):
-    """-> names in the folder of shards; those that look whole are."""
+    """-> names of the shards in the folder, which are whole."""
     assert all(path.read_bytes() == hub.body for path in data.FOLDER.glob("*.bin"))
-    return sorted(path.name for path in data.FOLDER.iterdir())
+    return sorted(path.name for path in data.FOLDER.glob("*.bin"))
 
 
 NAMES = ["fineweb_train_000001.bin", "fineweb_val_000000.bin"]
 
 
-def test_fineweb_is_fetched_broken_transfers_resumed(hub):
+@pytest.fixture
+def waits(monkeypatch):
+    """The pauses between tries, which are not made."""
+    pauses = []
+    monkeypatch.setattr(data.time, "sleep", pauses.append)
+    return pauses
+
+
+def test_fineweb_is_fetched_with_broken_transfers_repeated(hub, waits):
     hub.breaks = 3
     data.fetch_fineweb(2)
     assert fetched(hub) == [NAMES[0], "fineweb_train_000002.bin", NAMES[1]]
-    assert hub.requests[0] == (f"/datasets/kjj0/fineweb10B-gpt2/resolve/main/{NAMES[1]}", "bytes=0-")
-    assert hub.requests[1][1] == f"bytes={len(hub.body) // 2}-" and len(hub.requests) == 6
+    assert hub.requests[0] == f"/datasets/kjj0/fineweb10B-gpt2/resolve/main/{NAMES[1]}"
+    assert len(hub.requests) == 6 and waits == [0.5, 1, 2]
     data.fetch_fineweb(2)                                  # nothing left to do
     assert len(hub.requests) == 6
     dataset = data.load("fineweb", 2, 16, 0)
@@ -392,50 +383,46 @@ def test_fineweb_is_fetched_broken_transfers_resumed(hub):
     assert len(dataset.splits["train"]) == 2
 
 
-@pytest.mark.parametrize("how", [{"breaks": 1, "replays": True}, {"length": False}, {"length": "many"}])
-def test_a_server_that_sends_everything_again_or_says_no_length(hub, how):
-    for name, value in how.items():
-        setattr(hub, name, value)
+@pytest.mark.parametrize("length", [False, "many"])
+def test_a_server_that_says_no_length(hub, length):
+    hub.length = length
     data.fetch_fineweb(1)
     assert fetched(hub) == NAMES
 
 
-def test_giving_up_is_one_line_and_the_next_start_goes_on(hub):
+def test_giving_up_is_one_line(hub, waits):
     hub.breaks = 100
-    with pytest.raises(data.UserError, match="broke off \\(5 tries\\).*go on from here"):
+    with pytest.raises(data.UserError, match="cannot fetch .* broke off \\(5 tries\\)$"):
         data.fetch_fineweb(1)
-    assert fetched(hub) == [f"{NAMES[1]}.part"]
+    assert fetched(hub) == []
     hub.breaks = 0
     data.fetch_fineweb(1)
-    assert fetched(hub) == NAMES and hub.requests[5][1] != "bytes=0-"
+    assert fetched(hub) == NAMES
 
 
 @pytest.mark.parametrize("how,message", [
     ({"body": b"<html>" * 500}, "not a token shard"),
     ({"body": shard(10**6, 0)[:-200]}, "should have"),
-    ({"body": shard(10**6, 256)}, "1000000 tokens of a vocabulary of 256"),
+    ({"body": shard(10**6, 256)}, "1000000 tokens of 256 kinds"),
     ({"body": shard(999, 0)}, "999 tokens"),
-    ({"breaks": 1, "lies": True}, "should have"),
     ({"breaks": 1, "length": False}, "should have"),
     ({"endless": True, "length": False}, "has [34]......:"),
-    ({"endless": True, "length": 2**50}, "has [34]......:"),
+    ({"endless": True, "length": 2**50}, "broke off"),
 ])
-def test_what_is_no_shard_of_fineweb_is_refused_and_leaves_nothing(hub, monkeypatch, how, message):
+def test_what_is_no_shard_of_fineweb_is_refused(hub, waits, monkeypatch, how, message):
     monkeypatch.setattr(data, "MOST_BYTES", 3_000_000)
     for name, value in how.items():
         setattr(hub, name, value)
-    with pytest.raises(data.UserError, match=f"sent something else than a whole token shard.*{message}"):
+    with pytest.raises(data.UserError, match=message):
         data.fetch_fineweb(1)
-    assert list(data.FOLDER.iterdir()) == []
+    assert not fetched(hub) and sum(path.stat().st_size for path in data.FOLDER.iterdir()) < 5_000_000
 
 
-def test_a_busy_server_is_given_the_time_it_asks_for(hub, monkeypatch):
-    waits = []
-    monkeypatch.setattr(data.time, "sleep", waits.append)
+def test_a_busy_server_is_given_the_time_it_asks_for(hub, waits):
     for status, after in (429, "7"), (503, "9" * 5000), (503, "soon"):
         hub.answers.append((status, {"Retry-After": after}))
     data.fetch_fineweb(1)
-    assert waits == [7, 0.2, 0.4] and fetched(hub) == NAMES
+    assert waits == [7, 1, 2] and fetched(hub) == NAMES
     (data.FOLDER / NAMES[1]).unlink()
     hub.answers += [(404, {})] * 5
     with pytest.raises(data.UserError, match="Error 404"):
@@ -451,7 +438,7 @@ def test_a_byte_now_and_then_does_not_hold_a_fetch_for_ever(hub, monkeypatch, wh
     assert NAMES[1] not in fetched(hub)
 
 
-def test_another_machine_needs_https_also_where_redirected(hub, monkeypatch):
+def test_another_machine_needs_https_also_where_redirected(hub, waits, monkeypatch):
     other = hub.address.replace("127.0.0.1", "127.1")      # the loopback's other name is not taken for it
     hub.answers.append((302, {"Location": f"{other}/elsewhere"}))
     for address in hub.address, other, "file:///etc/hosts?":
@@ -473,7 +460,7 @@ def test_the_vocabulary_from_a_host_that_never_answers(tmp_path, monkeypatch):
     with pytest.raises(data.UserError, match="fetching GPT-2's vocabulary took more than 1 seconds"):
         data.encoding_for(50257)
     silent.close()                                         # now calls are refused
-    with pytest.raises(data.UserError, match="GPT-2's vocabulary could not be fetched"):
+    with pytest.raises(OSError):
         data.encoding_for(50257)
     with pytest.raises(data.UserError, match="no tokenizer is known for a vocabulary of 1000"):
         data.encoding_for(1000)
@@ -595,7 +582,6 @@ def test_bad_cifar_is_one_clear_line_and_does_no_harm(hub, monkeypatch):
     (["text", "a.txt", "--encoding", "morse"], "invalid choice"),
     (["text", "a.txt"], "datasets"),                       # a file stands where the folder should be
     (["fineweb"], "datasets"),
-    (["fineweb", "--shards", "0"], "from 1 to 103"),
     (["fineweb", "--shards", "x"], "invalid int"),
     (["imagenet"], "invalid choice"),
 ])
@@ -644,7 +630,7 @@ def test_control_c_is_one_line_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_run_program_says_one_line_or_none(monkeypatch, capsys):
+def test_run_program_says_one_line(monkeypatch, capsys):
     monkeypatch.delenv("SDP_TRACEBACK", raising=False)
     cases = [(data.UserError("a\nb"), 2, "a b"), (OSError(28, "No space"), 2, "[Errno 28] No space"),
              (MemoryError(), 2, "MemoryError"), (torch.OutOfMemoryError("CUDA"), 2, "CUDA"),
@@ -653,7 +639,6 @@ def test_run_program_says_one_line_or_none(monkeypatch, capsys):
         def main():
             raise wrong
         assert data.run_program(main) == code and capsys.readouterr().err == f"error: {said}\n"
-        assert data.run_program(main, quiet=True) == code and capsys.readouterr().err == ""
     monkeypatch.setenv("SDP_TRACEBACK", "1")
     data.run_program(main)
     assert re.fullmatch("(?s)Traceback.*\nerror: KeyboardInterrupt\n", capsys.readouterr().err)

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import pickle
-import platform
 import re
 import shutil
 import signal
@@ -101,6 +100,8 @@ def train_on_pool(arguments, prepare=None):
         return str(e)
     finally:
         os.chdir(here)
+        for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:  # as they were
+            signal.signal(number, signal.SIG_DFL)
         if undo:
             undo()
 
@@ -111,6 +112,17 @@ def a_cpu(*_):
 
 def be_silent(*_):
     pass
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A run in this process leaves its handlers, and its lock, to the process's end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if train.LOCK:
+        train.LOCK.close()
 
 
 def torchrun(ranks, arguments, code=0, timeout=150, script="train.py", **environment):
@@ -226,7 +238,7 @@ def same_checkpoint(a, b):
 
 def refused(folder, message, *arguments, out="out"):
     """train.main says one line."""
-    with pytest.raises(data.UserError, match=message) as caught:
+    with pytest.raises((data.UserError, OSError), match=message) as caught:
         train.main(flags(folder, *arguments, out=out))
     assert "\n" not in str(caught.value)
 
@@ -271,8 +283,8 @@ def test_checkpoint_is_an_ordinary_llama(tmp_path, capsys):
     train.main(flags(tmp_path, "--level", "neuron", "--masking", "backward"))
     shown = capsys.readouterr().out
     assert (
-        "bits per byte" in shown
-        and "optimizer state" in shown
+        "full model: validation loss" in shown
+        and "gradients, MB" in shown
         and "█" in shown
         and "validation: the last tenth" in shown
     )
@@ -458,25 +470,6 @@ def test_blocks_of_one_size_are_compiled_once():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 < config.num_hidden_layers
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's malloc")
-def test_freed_memory_is_kept_for_the_next_update():
-    """Once touched, 128 MiB that come and go cost no new pages; otherwise 32,768, or 64 huge ones."""
-    faults = """if True:
-        import resource, torch, train
-        def come_and_go():
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            buckets = [torch.zeros(4 * 2**20) for _ in range(8)]
-            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        print(come_and_go(), come_and_go())
-        train.ask_linux()
-        print(come_and_go(), come_and_go())
-    """
-    run = subprocess.run([sys.executable, "-c", faults], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    first, again, kept_first, kept_again = map(int, run.stdout.split())
-    assert 10 * kept_again < min(first, again, kept_first) and kept_again < 100
-
-
 def test_training_imports_nothing_private_of_torch_and_text_no_torchvision():
     source = (ROOT / "train.py").read_text()
     assert not re.search(r"torch[\w.]*\._[a-z]", source)
@@ -596,10 +589,10 @@ def test_resume_says_what_it_does_with_masks_and_flags(tmp_path, capsys, monkeyp
     )
     said("--seed", 2, steps=3)                                       # the masks are still those of seed 1
     assert all(torch.equal(m, masks[b]) for b, m in load(tmp_path)["masks"].items())
-    assert "new masks: --parallel" in said("--coverage", "1/3", steps=4)
+    assert "new masks: today's flags" in said("--coverage", "1/3", steps=4)
     again = {b: m.roll(1, 1) for b, m in load(tmp_path)["masks"].items()}
     monkeypatch.setitem(sdp.MASKS, "block", lambda *_: again)
-    assert "the mask function does not make the saved ones any more" in said("--coverage", "1/3", steps=5)
+    assert "mask function do not make the saved ones" in said("--coverage", "1/3", steps=5)
     assert all(torch.equal(m, again[b]) for b, m in load(tmp_path)["masks"].items())
     out = said("--coverage", "1/3", steps=5)
     assert "nothing to do" in out and "is of step 5, and the run has 5 steps" in out and "sample" not in out
@@ -636,10 +629,11 @@ def test_contents_of_the_data_decide_not_their_name(tmp_path):
         train.main([*moved, "--model", "llama-134m"])
 
 
-def test_a_vocabulary_without_tokenizer_trains_to_the_end(tmp_path, capsys):
+def test_a_vocabulary_without_tokenizer_trains_to_the_end(tmp_path):
     data.write_bin(tmp_path / "text.bin", np.arange(6000) % 900, 1000)
     train.main(flags(tmp_path, steps=2))
-    assert "(none: no tokenizer is known for a vocabulary of 1000" in capsys.readouterr().out
+    with pytest.raises(data.UserError, match="no tokenizer is known for a vocabulary of 1000"):
+        train.main(flags(tmp_path, "--resume", "--sample", "x"))
     data.write_bin(tmp_path / "text.bin", np.arange(6000) % 900, 901)
     refused(tmp_path, "the checkpoint's 'model' has other names, shapes or types", "--resume")
 
@@ -650,7 +644,8 @@ def test_a_run_whose_first_updates_were_all_skipped_resumes(tmp_path, monkeypatc
         llama, "loss", lambda logits, y: real(logits, y) * (math.nan if logits.requires_grad else 1)
     )
     train.main(flags(tmp_path, steps=3))
-    assert all(state == {"step": 0} for state in load(tmp_path)["optimizer"].values())
+    for state in load(tmp_path)["optimizer"].values():
+        assert state["step"] == 0 and not state["exp_avg"].any() and not state["exp_avg_sq"].any()
     first = json.loads(
         (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0], parse_constant=refuse_constant
     )
@@ -670,19 +665,19 @@ def refuse_constant(name):
 # -- What is refused -------------------------------------------------------------------------------
 
 BAD = [
-    (["--coverage", "0.7", "--subnets", "4"], r"--coverage 0.7 is not a multiple of 1/4.*2/4 and 3/4"),
-    *[(["--coverage", c], "more than 0 and at most 1") for c in ("0", "9/8", "1e9")],
-    (["--coverage=-1/2"], "more than 0 and at most 1"),
-    *[(["--coverage", c], "neither a number nor a fraction") for c in ("1/0", "nan", "inf", "", "half")],
-    (["--coverage", "0.0002"], "not a multiple of 1/4.*nearest are 1/4"),
+    (["--coverage", "0.7", "--subnets", "4"], r"--coverage 0.7 is none of k/4"),
+    *[
+        ([f"--coverage={c}"], "none of k/4, with k from 1 to 4")
+        for c in ("0", "9/8", "1e9", "-1/2", "1/0", "nan", "inf", "", "half", "0.0002")
+    ],
     (["--coverage"], "--coverage: expected one argument"),
     (["--subnets", "two"], "--subnets: invalid"),
     (["--model", "gpt5"], "invalid choice: 'gpt5'"),
-    (["--data", "none.bin"], "cannot read none.bin"),
+    (["--data", "none.bin"], "No such file or directory: 'none.bin'"),
     (["--data", "wikipedia"], "unknown --data wikipedia"),
     (["--data", ""], "unknown --data"),
     (["--data", "fineweb"], "no FineWeb shards.*data.py fineweb"),
-    (["--seq-len", "4096"], "--seq-len 4096 is longer than the context of llama-tiny, 256"),
+    (["--seq-len", "4096"], "--seq-len 4096 is longer than the context of llama-tiny"),
     (["--batch-size", "9999"], "too short for one batch"),
     *[
         ([f"--{flag}", value], f"--{flag}: must be at least 1")
@@ -707,24 +702,23 @@ BAD = [
     *[(["--lr", value], "--lr must be a positive number") for value in ("nan", "inf", "0", "-1", "1e38")],
     (["--lr", "fast"], "--lr: invalid float"),
     *[
-        (["--device", value], f"--device {value} is not cpu or cuda")
+        (["--device", value], "--device: invalid choice")
         for value in ("tpu", "mps", "gpu", "cpu:x")
     ],
     (["--device", "cuda"], "no CUDA device"),
-    (["--resume", "--overwrite"], "contradict"),
+    (["--resume", "--overwrite"], "not allowed with"),
     (["--sample", "x"], "--sample needs --resume"),
     (["--resume", "--sample", "x"], "--sample needs --resume and a checkpoint"),
-    (["--compile"], "--compile needs real workers"),
-    (["--checkpoint-activations"], "--checkpoint-activations needs real workers"),
+    (["--compile"], "--compile and .* need real workers"),
+    (["--checkpoint-activations"], "--checkpoint-activations need real workers"),
     (["--frobnicate"], "unrecognized arguments"),
     (["train"], "unrecognized arguments"),
     *[
         ([f"--{flag}", "sideways"], "invalid choice")
         for flag in ("masking", "level", "parallel", "dtype", "reduce-dtype")
     ],
-    (["--model", "resnet18"], "resnet18 reads images: --data can be cifar10, cifar100, shapes, not /"),
-    (["--data", "cifar10"], "--data cifar10 holds images, llama-tiny reads text: use --model resnet18"),
-    (["--data", "shapes", "--model", "resnet18"], "--seq-len is for text, and resnet18 reads images"),
+    (["--model", "resnet18"], "resnet18 cannot read --data /.*: resnet18 reads images .cifar10, cifar100, shapes"),
+    (["--data", "cifar10"], "llama-tiny cannot read --data cifar10"),
 ]
 
 
@@ -739,8 +733,8 @@ def test_bad_input_is_one_clear_line_before_anything_happens(tmp_path, more, mes
 @pytest.mark.parametrize("more,message", [
     (["--subnets", "3"], "--subnets 3 does not divide the number of workers, 2"),
     when_asked(["--frobnicate"], "unrecognized arguments"),
-    when_asked(["--data", "none.bin"], "cannot read none.bin"),
-    (["--out-dir", "/dev/null/out"], "cannot write /dev/null/out"),
+    when_asked(["--data", "none.bin"], "No such file or directory: 'none.bin'"),
+    (["--out-dir", "/dev/null/out"], "/dev/null/out"),
 ])
 def test_bad_input_under_torchrun_is_one_line_from_one_rank(tmp_path, more, message):
     out, err = torchrun(2, flags(tmp_path, *more), code=1, timeout=100)
@@ -756,8 +750,8 @@ def test_as_a_program_it_ends_with_one_line(tmp_path):
         program = [sys.executable, "train.py", *fine]
         run = subprocess.run(program, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, env=ENVIRONMENT)
     assert run.returncode == 2 and re.fullmatch(b"error: .*No space left.*\n", run.stderr), run.stderr
-    # It cannot show the masks
-    run = python([*fine, "--out-dir", "~/x/out"], HOME=str(tmp_path), PYTHONIOENCODING="cp1252")
+    # It cannot show the masks; RANK was left in the environment
+    run = python([*fine, "--out-dir", "~/x/out"], HOME=str(tmp_path), PYTHONIOENCODING="cp1252", RANK="1")
     assert run.returncode == 0 and b"?? ??" in run.stdout, run.stderr
     assert (tmp_path / "x" / "out" / "ckpt.pt").exists()
 
@@ -849,11 +843,6 @@ WRONG = {
     "more updates than steps": edited("step", lambda s: s - 1),
     "a step below 0": edited("step", lambda s: -5),
     "a step that is no integer": edited("step", float),
-    "masks of three subnets": edited(
-        "masks", lambda m: {b: torch.ones(len(t), 3, dtype=torch.bool) for b, t in m.items()}
-    ),
-    "masks of another dtype": edited("masks", lambda m: {b: t.int() for b, t in m.items()}),
-    "a mask is missing": edited("masks", without_first),
     "no model's name": edited("config", lambda c: {k: v for k, v in c.items() if k != "model"}),
     "an unknown model": edited("config", lambda c: {**c, "model": "gpt5"}),
     "no flags": edited("config", lambda c: {"model": c["model"]}),
@@ -872,11 +861,22 @@ def test_a_checkpoint_that_loads_but_is_wrong_is_one_line(tmp_path):
         with pytest.raises(data.UserError, match="checkpoint") as caught:
             train.main(flags(tmp_path, "--resume", "--subnets", 2, steps=4))
         assert "\n" not in str(caught.value), what
-        if what in ("a name is missing", "another shape", "no model's name", "no flags"):
+        if what in ("no model's name", "no flags"):
             with pytest.raises(data.UserError, match="checkpoint"):
                 train.main(flags(tmp_path, "--resume", "--sample", "x"))
     path.write_bytes(raw)
     train.main(flags(tmp_path, "--resume", "--subnets", 2, steps=4))
+
+
+def test_wrong_masks_in_a_checkpoint_are_not_used(tmp_path, capsys):
+    train.main(flags(tmp_path, "--subnets", 2, steps=1))
+    path, saved = tmp_path / "out" / "ckpt.pt", load(tmp_path)
+    wrong = {b: torch.ones(len(mask), 3, dtype=torch.bool) for b, mask in saved["masks"].items()}
+    for masks in wrong, {b: mask.int() for b, mask in saved["masks"].items()}, without_first(saved["masks"]):
+        torch.save({**saved, "masks": masks}, path)
+        train.main(flags(tmp_path, "--resume", "--subnets", 2, steps=2))
+        assert "new masks" in capsys.readouterr().out
+        assert all(torch.equal(mask, saved["masks"][b]) for b, mask in load(tmp_path)["masks"].items())
 
 
 def test_an_out_dir_with_a_run_is_left_alone(tmp_path):
@@ -887,7 +887,7 @@ def test_an_out_dir_with_a_run_is_left_alone(tmp_path):
     assert metrics.read_text() == "precious"
     (tmp_path / "file").write_text("")
     for out in "file", "file/out":
-        refused(tmp_path, "cannot write .*file", out=out)
+        refused(tmp_path, "(File exists|Not a directory): .*file", out=out)
     metrics.write_text("")                                           # of a run that never was
     train.main(flags(tmp_path, steps=1))
 
@@ -900,9 +900,6 @@ def differs(what, folder):
     if dist.get_rank() == 1 and what == "code":
         was, sdp.__file__ = sdp.__file__, str(folder / "other" / "sdp.py")
         return lambda: setattr(sdp, "__file__", was)
-    if dist.get_rank() == 1 and what == "number of threads":
-        torch.set_num_threads(2)
-        return lambda: torch.set_num_threads(1)
 
 
 def on_rank_1(arguments, *more, **options):
@@ -917,13 +914,14 @@ def test_ranks_that_were_started_differently_are_told_apart(tmp_path):
     arguments = flags(tmp_path)
     for more in ["--lr", "0.1"], ["--seed", "7"], ["--masking", "backward"], ["--batch-size", "3"]:
         said = run_on(2, on_rank_1, arguments, *more)
-        assert said[0] == said[1] and f"rank 1 has {more[0]} {more[1]}, but rank 0 has" in said[0]
+        name = more[0].strip("-").replace("-", "_")
+        assert said == [f"rank 1 was started with another {name} than rank 0"] * 2
     data.write_bin(tmp_path / "other" / "text.bin", np.arange(6000) % 200, 256)
     relative = ["text.bin" if a.endswith("text.bin") else a for a in arguments]
-    for what in "data", "code", "number of threads":
+    for what, name in ("data", "contents of --data"), ("code", "code"):
         prepare = functools.partial(differs, what, tmp_path)
         said = run_on(2, functools.partial(on_rank_1, prepare=prepare), relative)
-        assert said[0] == said[1] and f"rank 1 has {what}" in said[0]
+        assert said == [f"rank 1 was started with another {name} than rank 0"] * 2
     assert not (tmp_path / "out").exists()
     # The same name, another checkpoint
     for steps, folder in (1, tmp_path), (2, tmp_path / "other"):
@@ -937,7 +935,7 @@ def test_ranks_that_were_started_differently_are_told_apart(tmp_path):
     said = run_on(
         2, functools.partial(on_rank_1, prepare=functools.partial(differs, "data", tmp_path)), relative
     )
-    assert said[0] == said[1] and "rank 1 has checkpoint" in said[0]
+    assert said == ["rank 1 was started with another checkpoint than rank 0"] * 2
 
 
 def test_an_editor_s_files_do_not_stop_the_start(tmp_path):
@@ -1000,7 +998,7 @@ def loss_is_nan_at(rank, steps):
     return lambda: setattr(llama, "loss", real)
 
 
-def test_an_update_that_is_not_finite_is_skipped_by_all_and_ten_end_the_run(tmp_path):
+def test_an_update_that_is_not_finite_is_skipped_by_all(tmp_path):
     prepare = functools.partial(loss_is_nan_at, 1, [2, 4])
     assert run_on(2, train_on_pool, flags(tmp_path, "--coverage", "1/2"), prepare) == [None, None]
     assert [m["skipped"] for m in metrics(tmp_path)] == [0, 1, 1, 2, 2, 2]
@@ -1008,10 +1006,6 @@ def test_an_update_that_is_not_finite_is_skipped_by_all_and_ten_end_the_run(tmp_
     assert all(t.isfinite().all() for t in saved["model"].values()) and {
         s["step"] for s in saved["optimizer"].values()
     } == {4}
-    prepare = functools.partial(loss_is_nan_at, 1, range(4, 99))
-    said = run_on(2, train_on_pool, flags(tmp_path, "--coverage", "1/2", steps=20, out="lost"), prepare)
-    assert said[0] == said[1] and "ten updates in a row, up to step 13" in said[0]
-    assert load(tmp_path, "lost")["step"] == 12
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
@@ -1020,7 +1014,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
         "step",
         lambda self: [p.data.fill_(math.inf) for p in self.param_groups[0]["params"]],
     )
-    refused(tmp_path, "weights after step 3 are not finite, so not saved")
+    refused(tmp_path, "weights are not finite any more, so not saved")
     assert not (tmp_path / "out" / "ckpt.pt").exists()
 
 
@@ -1055,18 +1049,6 @@ def test_a_checkpoint_has_its_name_only_when_it_and_the_folder_are_on_the_disk(t
     train.main(flags(tmp_path))
     assert synced == ["-> metrics.jsonl", "ckpt.pt.part", "-> ckpt.pt", "out",
                       "ckpt.pt.part", "-> ckpt.prev.pt", "-> ckpt.pt", "out"]
-
-
-def test_a_shard_that_shrinks_under_a_run_ends_it_with_one_line(tmp_path, monkeypatch):
-    path, real = text_bin(tmp_path), data.Tokens.batch
-
-    def batch(self, split, step, *more):
-        if split == "train" and step == 3:
-            os.truncate(path, 1100)
-        return real(self, split, step, *more)
-    monkeypatch.setattr(data.Tokens, "batch", batch)
-    refused(tmp_path, "text.bin became shorter while in use")
-    assert load(tmp_path)["step"] == 3
 
 
 class Torchrun:
@@ -1255,7 +1237,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_with_a_line(tmp_path, how):
     code, out, err = run.end()
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert (
-        code and seconds < 40 and lines and all("waited for the other workers in" in line for line in lines)
+        code and seconds < 40 and lines and all("lost the other workers" in line for line in lines)
     ), err
     assert 'train.py", line' not in err
 
@@ -1264,26 +1246,22 @@ SLOW_RANK_0 = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 import train
-real_fsync, real_sample = os.fsync, train.sample
+real_fsync = os.fsync
 
 def slow_fsync(fd):
     time.sleep(8)
     real_fsync(fd)
 
-def slow_sample(*args):
-    time.sleep(8)
-    return real_sample(*args)
-
-os.fsync, train.sample = slow_fsync, slow_sample
+os.fsync = slow_fsync
 train.run(train.main)
 """
 
 
 def test_what_rank_0_does_alone_does_not_count_against_the_others_patience(tmp_path):
-    """Slow disk (two waits of 8 s a checkpoint) and slow sample, with --timeout 5."""
+    """A slow disk, two waits of 8 s a checkpoint, with --timeout 5."""
     (tmp_path / "slow.py").write_text(SLOW_RANK_0.format(root=str(ROOT)))
-    out, _ = torchrun(2, flags(tmp_path, "--timeout", "5", steps=1), script=str(tmp_path / "slow.py"))
-    assert "A sample of the full model" in out and load(tmp_path)["step"] == 1
+    torchrun(2, flags(tmp_path, "--timeout", "5", steps=1), script=str(tmp_path / "slow.py"))
+    assert load(tmp_path)["step"] == 1
 
 
 @contextmanager
