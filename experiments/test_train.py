@@ -1131,6 +1131,7 @@ def test_a_signal_lets_the_update_end_and_saves(tmp_path, monkeypatch, capsys, n
             signal.raise_signal(number)
         return real(self, split, step, *more)
     monkeypatch.setattr(data.Tokens, "batch", batch)
+    monkeypatch.setattr(train, "STOP", False)                        # and so it is again after the test
     before = signal.getsignal(number)
     train.main(flags(tmp_path, steps=5))
     said = capsys.readouterr().out
