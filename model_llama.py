@@ -111,14 +111,14 @@ def init(c, name, tensor, generator):
 # -- The model.  B sequences, T tokens, d hidden_size, n held neurons, h head_dim, V vocabulary --------------
 
 def rope_table(length, c, device):
-    """Cosines and signed sines of rotary position embedding (arXiv 2104.09864), each [length, h]."""
+    """Cosines and signed sines of rotary position embedding (arXiv 2104.09864), each [length, 1, h]."""
     freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), freq)
-    return angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), dim=1)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), freq)[:, None]
+    return angle.cos().repeat(1, 1, 2), torch.cat((-angle.sin(), angle.sin()), dim=-1)
 
 
 def rotate(x, rope):
-    """Turns each pair (x_i, x_{i + h/2}) of x [B, heads, T, h] by its position's angle."""
+    """Turns each pair (x_i, x_{i + h/2}) of x [B, T, heads, h] by its position's angle."""
     cos, sin = (t.to(x.dtype) for t in rope)
     other = x.roll(x.shape[-1] // 2, dims=-1)                        # each number's partner
     return torch.addcmul(x * cos, other, sin)                        # x cos + other sin
@@ -137,11 +137,13 @@ class Attention(nn.Module):
 
     def forward(self, x, rope):                                      # [B, T, d]
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.q_heads, self.head_dim).transpose(1, 2)   # [B, q_heads, T, h]
-        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # [B, kv_heads, T, h]
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
-        y = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True,
-                                           enable_gqa=self.q_heads != self.kv_heads)
+        q = self.q_proj(x).view(B, T, self.q_heads, self.head_dim)   # [B, T, q_heads, h]
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)  # [B, T, kv_heads, h]
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        # In one go: on a GPU, many small kernels cost more than what they compute
+        q, k = rotate(torch.cat((q, k), dim=2), rope).split((self.q_heads, self.kv_heads), dim=2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))             # [B, heads, T, h]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.q_heads != self.kv_heads)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))      # sum over the heads
 
 

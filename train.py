@@ -272,7 +272,7 @@ def accumulate(sync, dataset, step, micro_steps, autocast):
 
 
 def learning_rate(step, steps, peak, last):
-    """Warm-up over a fifth of the run (at most 1,000 updates), then a cosine down to `last` times the peak."""
+    """Warm-up over a fifth of the run, at most 1,000 updates; then a cosine down to `last` times the peak."""
     warm = max(1, min(steps // 5, 1000))
     if step < warm:
         return peak * (step + 1) / warm
