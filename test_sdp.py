@@ -70,8 +70,9 @@ def _worker(pipe):
             if dist.is_initialized():
                 dist.destroy_process_group()
             for thing in gc.get_objects():
-                if isinstance(thing, sdp.MaskedAllReduce):  # its hooks keep it alive if nobody has closed it,
-                    thing.groups.clear()                    # and each group has threads that wake up often
+                # Its hooks keep a wrapper alive that nobody has closed.  (type(): a weakref proxy may be dead)
+                if issubclass(type(thing), sdp.MaskedAllReduce):
+                    thing.groups.clear()                    # each group has threads that wake up often
             gc.collect()
         pipe.send_bytes(pickle.dumps(result))
 
