@@ -70,7 +70,7 @@ def _worker(pipe):
             if dist.is_initialized():
                 dist.destroy_process_group()
             for thing in gc.get_objects():
-                # Its hooks keep a wrapper alive that nobody has closed.  (type(): a weakref proxy may be dead)
+                # Its hooks keep an open wrapper alive.  (type(): a weakref proxy may be dead)
                 if issubclass(type(thing), sdp.MaskedAllReduce):
                     thing.groups.clear()                    # each group has threads that wake up often
             gc.collect()

@@ -1,5 +1,5 @@
 """
-Tests of plan.py, bench.py and kernels.py: against real tensors, the allocator's own count, bytes counted by hand.
+Tests of plan.py, bench.py and kernels.py, against real tensors, the allocator's count, and bytes by hand.
 
     python -m pytest -q experiments/test_experiments.py
 """

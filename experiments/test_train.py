@@ -52,7 +52,7 @@ def when_asked(*values):
 
 
 def remembered(function, key):
-    """A pure function, computed once for each key in a process: of a short run these take most of the time."""
+    """A pure function, computed once for each key in a process: they take most of the time of a short run."""
     known = {}
 
     def once(*args):
@@ -717,7 +717,8 @@ BAD = [
         ([f"--{flag}", "sideways"], "invalid choice")
         for flag in ("masking", "level", "parallel", "dtype", "reduce-dtype")
     ],
-    (["--model", "resnet18"], "resnet18 cannot read --data /.*: resnet18 reads images .cifar10, cifar100, shapes"),
+    (["--model", "resnet18"],
+     "resnet18 cannot read --data /.*: resnet18 reads images .cifar10, cifar100, shapes"),
     (["--data", "cifar10"], "llama-tiny cannot read --data cifar10"),
 ]
 

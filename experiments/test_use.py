@@ -207,7 +207,8 @@ def _gathered_states():
     sync = sdp.MaskedAllReduce(net, NET_MASKS, NET)
     full = gathered(sync, [torch.full_like(run.param, 7, dtype=torch.float64) for run in sync.runs])
     for run in sync.runs:                                   # cut is the way back
-        assert torch.equal(sync.part_of(full[run.name], run), torch.full_like(run.param, 7, dtype=torch.float64))
+        sevens = torch.full_like(run.param, 7, dtype=torch.float64)
+        assert torch.equal(sync.part_of(full[run.name], run), sevens)
     return full
 
 
