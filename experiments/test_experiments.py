@@ -5,14 +5,12 @@ Tests of plan.py, bench.py and kernels.py, against real tensors, the allocator's
 """
 
 import gc
-import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -430,61 +428,6 @@ def rows_of_script(script, folder, *arguments, **environment):
         env={**os.environ, **environment},
     )
     return [json.loads(line) for line in results.read_text().splitlines()]
-
-
-@slow
-@only_when_asked
-def test_coverages_at_which_forward_masking_saves(tmp_path):
-    rows = []
-    for model, level in itertools.product(
-        ("llama-134m", "llama-500m", "llama-1b", "resnet18"), ("block", "neuron")
-    ):
-        more = ["--data", "cifar10"] if model == "resnet18" else []
-        made = rows_of_script(
-            "plan", tmp_path, "--model", model, "--level", level, "--subnets", 8, "--device", "cpu", *more
-        )
-        peak = {row["variant"]: row["memory"]["peak"] for row in made}
-        for held in range(1, 9):
-            at = peak[f"sdp-forward-{level} at {held}/8"]
-            rows.append(
-                {
-                    "model": model,
-                    "level": level,
-                    "coverage": f"{held}/8",
-                    "peak": at,
-                    "ddp_peak": peak["ddp"],
-                    "saved": round(1 - at / peak["ddp"], 4),
-                }
-            )
-        if (model, level) == ("llama-1b", "block"):
-            (RESULTS / "plan_llama-1b.json").write_text(json.dumps(made, indent=1) + "\n")
-    write_result("coverage.jsonl", rows)
-
-
-@slow
-@only_when_asked
-def test_what_compile_gains(tmp_path):
-    """Benches of a worker alone, with and without --compile in turns, so that both see the same weather."""
-    ms = defaultdict(list)
-    for turn in range(4):
-        for way in ([], ["--compile"])[::1 if turn % 2 else -1]:
-            for row in rows_of_script(
-                "bench", tmp_path, "--updates", 3, "--device", "cpu", *way, OMP_NUM_THREADS="1"
-            ):
-                ms[row["variant"], bool(way)].append(row["step_ms"])
-    rows = []
-    for name in NAMES:
-        eager, compiled = np.array(ms[name, False]), np.array(ms[name, True])
-        rows.append(
-            {
-                "variant": name,
-                "eager_ms": float(np.median(eager)),
-                "compiled_ms": float(np.median(compiled)),
-                "ratio": float(np.median(compiled / eager)),
-                "quartiles": np.quantile(compiled / eager, [0.25, 0.75]).tolist(),
-            }
-        )
-    write_result("compile.jsonl", rows)
 
 
 @slow
