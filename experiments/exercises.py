@@ -13,7 +13,6 @@ import functools
 import inspect
 import itertools
 import math
-import os
 import runpy
 import sys
 import tempfile

@@ -25,7 +25,6 @@ import argparse
 import fnmatch
 import json
 import math
-import os
 import statistics
 import sys
 import time
