@@ -107,6 +107,10 @@ class Sharded:
             # What lies behind the blocks is needed again at once: to free it would only cost a message
             free = reshard and group != behind
             fully_shard(modules, mesh=mesh, reshard_after_forward=free, mp_policy=policy)
+        # The loss runs the head once for each chunk of logits: its weights stay until the last chunk is done
+        self.behind = [model.get_submodule(path) for path in behind]
+        for module in self.behind:
+            module.set_reshard_after_backward(False, recurse=False)
         fully_shard(model, mesh=mesh, mp_policy=policy)
         self.runs = [sdp.Run(name, (0,), p.numel(), name, p) for name, p in model.named_parameters()]
 
@@ -117,10 +121,13 @@ class Sharded:
         return nn.utils.clip_grad_norm_(self.module.parameters(), max_norm)
 
     def finish(self):
-        pass                                                         # its own hooks wait
+        for module in self.behind:
+            module.reshard()                                         # all else its own hooks do
 
-    refresh = finish
-    close = finish
+    def refresh(self):
+        pass
+
+    close = refresh
 
 
 class SentBytes(TorchDispatchMode):
