@@ -615,7 +615,6 @@ class MaskedAllReduce:
         self.dtype = next(iter(self.params.values())).dtype
         self.wire_dtype = self.dtype                        # of gradients in messages
         self._check()
-        WRAPPED.add(module)
 
         all_runs = self._find_runs()
         for run in all_runs:
@@ -640,6 +639,7 @@ class MaskedAllReduce:
         self.squares = []                                   # sum of squares of each message that has arrived
         self.exchanges = self._plan_refresh(all_runs) if backward else []
         self._coming = []                                   # refresh messages under way
+        WRAPPED.add(module)
 
     def run(self, worker, *inputs):
         """Forward pass of worker `worker`, which is this process's."""
@@ -940,7 +940,7 @@ class SubnetDataParallel(MaskedAllReduce):
         return [self._bucket(holders, runs) for holders, runs in reversed(buckets) if self.subnet in holders]
 
     def _plan_refresh(self, all_runs):
-        return super()._plan_refresh(all_runs, limit=self.bucket_bytes / 2)
+        return super()._plan_refresh(all_runs, limit=2 * self.bucket_bytes / self.dtype.itemsize)
 
     def _restart(self):
         self.squares = []

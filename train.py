@@ -206,7 +206,8 @@ def train(args, device):
     full = design.full_model()                                       # to evaluate
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     flops_done = saved.get("flops", 0)
-    skipped = 0                                                      # updates that were not finite
+    skipped = start - updates                                        # updates that were not finite
+    in_a_row = 0                                                     # of them, the last ones
     started = time.perf_counter()
     watch_signals()
 
@@ -223,8 +224,13 @@ def train(args, device):
         if math.isfinite(norm) and math.isfinite(loss):              # alike on all ranks
             optimizer.step()
             updates += 1
+            in_a_row = 0
         else:
             skipped += 1
+            in_a_row += 1
+            if in_a_row == 10:                                       # before a dead model is saved twice
+                raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {now}: "
+                                f"go on from the last checkpoint with --resume and a smaller --lr")
         optimizer.zero_grad()
         sync.refresh()                                               # backward masking: new frozen weights
         flops_done += flops * args.grad_accum
@@ -416,8 +422,8 @@ def describe(design, dataset, saved, device):
     workers = f"{WORLD} workers" if DISTRIBUTED else f"{args.subnets} workers simulated in this process"
     say(f"{args.model} on {args.data}{synthetic}, {args.parallel}, {workers}, {device.type}, {args.dtype}; "
         f"validation: {dataset.validation}")
-    flags = ("parallel", "masking", "level", "coverage", "subnets", "steps", "seed", "batch_size", "seq_len",
-             "grad_accum", "lr", "dtype", "reduce_dtype")
+    flags = ("parallel", "masking", "level", "coverage", "subnets", "steps", "flop_match", "seed",
+             "batch_size", "seq_len", "grad_accum", "lr", "dtype", "reduce_dtype")
     changed = [f"--{flag.replace('_', '-')} {vars(args)[flag]} (was {saved[flag]})" for flag in flags
                if saved and saved[flag] != vars(args)[flag]]
     if changed:
@@ -753,7 +759,8 @@ def start_processes(wanted, timeout):
 
 
 def digest(masks):
-    return hashlib.sha256(b"".join(mask.numpy().tobytes() for mask in masks.values())).hexdigest()
+    parts = [f"{name}{list(mask.shape)}".encode() + mask.numpy().tobytes() for name, mask in masks.items()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def agree(mine):

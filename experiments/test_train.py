@@ -994,7 +994,7 @@ def loss_is_nan_at(rank, steps):
     return lambda: setattr(llama, "loss", real)
 
 
-def test_an_update_that_is_not_finite_is_skipped_by_all(tmp_path):
+def test_an_update_that_is_not_finite_is_skipped_by_all_and_ten_end_the_run(tmp_path):
     prepare = functools.partial(loss_is_nan_at, 1, [2, 4])
     assert run_on(2, train_on_pool, flags(tmp_path, "--coverage", "1/2"), prepare) == [None, None]
     assert [m["skipped"] for m in metrics(tmp_path)] == [0, 1, 1, 2, 2, 2]
@@ -1002,6 +1002,10 @@ def test_an_update_that_is_not_finite_is_skipped_by_all(tmp_path):
     assert all(t.isfinite().all() for t in saved["model"].values()) and {
         s["step"] for s in saved["optimizer"].values()
     } == {4}
+    prepare = functools.partial(loss_is_nan_at, 1, range(4, 99))
+    said = run_on(2, train_on_pool, flags(tmp_path, "--coverage", "1/2", steps=20, out="lost"), prepare)
+    assert said[0] == said[1] and "ten updates in a row, up to step 13" in said[0]
+    assert load(tmp_path, "lost")["step"] == 12
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
