@@ -311,6 +311,8 @@ def test_bench_on_real_workers(tmp_path, small_images, more):
         assert any(e["name"] == "gloo:all_reduce" for e in trace)
 
 
+@slow
+@only_when_asked
 def test_bench_alone(tmp_path, capsys):
     bench.main(
         [
