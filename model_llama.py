@@ -248,7 +248,8 @@ class Llama(nn.Module):
         x, y, rows = x.flatten(0, 1), targets.flatten(), LOGITS // self.config.vocab_size
         if len(y) <= rows:
             return loss(self.lm_head(x), y)
-        head = self.lm_head, self.lm_head.weight                     # `sdp.Simulation` swaps it in for now
+        # The weight is an argument: backward computes anew, when sdp.Simulation has put other weights back
+        head = self.lm_head, self.lm_head.weight
         parts = zip(x.split(rows), y.split(rows))
         return sum(checkpoint(summed_loss, *xy, *head, use_reentrant=False) for xy in parts) / len(y)
 

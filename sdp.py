@@ -29,7 +29,8 @@ The words:
     neuron      the smallest piece that is held or not: a head, a hidden unit, a channel
     subnet      the number of a subnetwork, 0 to S-1
     held        a worker holds the neurons of its subnetwork: it trains them
-    holders     of a neuron: all subnets that hold it, a sorted tuple, also called a holder set
+    holders     of a neuron: all subnets that hold it, a sorted tuple, also called a holder set;
+                |H_j| is W/S times their number
     coverage    C = number of holders / S
     frozen      under backward masking a worker also runs the neurons it does not hold; they do not train here
     refresh     a holder sends new weights to the workers that run them frozen
@@ -249,9 +250,9 @@ def balanced_sets(cost, size, n_subnets, held, seed):
 
         10 (components - 1)  +  largest load / mean  +  0.01 (mean square load)  -  0.02 (spectral gap)
 
-    The weights say what matters: connected first, then balance, then the gap.  A greedy start, then random
-    exchanges that are kept if they do no harm.  All ranks find the same sets: no clock, and numbers are
-    rounded before they are compared.
+    The weights say what matters: connected first, then balance, then the gap.  Four greedy starts, each
+    improved by random exchanges that do no harm.  At most S sets, as each costs a process group.  All ranks
+    find the same sets: no clock, and numbers are rounded before they are compared.
     """
     if not 1 <= held <= n_subnets:
         raise ValueError(f"held must be from 1 to {n_subnets} (the number of subnets), not {held}")
@@ -310,7 +311,7 @@ def balanced_sets(cost, size, n_subnets, held, seed):
 #
 # A subnet keeps its neurons sorted by holder set.  (A branch is a sum, so their order does not matter.)
 # And each cut parameter lies in memory neuron by neuron, whatever its shape.  So what one holder set has of
-# a parameter is one stretch of memory: a run.  From here on, no code cares about dimensions.
+# a parameter is one stretch of memory: a run.  Averaging, optimizer and refreshes need no dimensions.
 #
 # Under backward masking, modules whose path has the part `rest` have the frozen neurons: a.rest.b.weight is
 # cut from the full model's a.b.weight, and the branch is held(x) + rest(x).
@@ -399,7 +400,7 @@ def seeded(*what):
 
 
 def fresh(layout, init, seed):
-    """value(full name) -> initial value.  By (seed, name) alone, so all layouts start from one model.
+    """value(full name) -> initial value.  By (seed, name) alone, so runs with any masks start from one model.
 
     init(name, tensor, generator) fills a full tensor in place.
     """
@@ -577,7 +578,7 @@ class Exchange(NamedTuple):
 class MaskedAllReduce:
     """The method on real workers in its plain form: after the backward pass, one message for each holder set.
 
-        sync = MaskedAllReduce(subnet, masks, layout)
+        sync = MaskedAllReduce(module, masks, layout)
         optimizer = torch.optim.AdamW([run.param for run in sync.runs])
 
         loss.backward()
@@ -804,7 +805,7 @@ class MaskedAllReduce:
     def _plan_refresh(self, all_runs, limit=math.inf):
         """Who sends whom new weights: exchanges in forward order, each with some `limit` numbers a worker.
 
-        Ranks n S to n S + S-1 are a family: between them they hold all subnets.  Weights never leave the
+        Ranks m S to m S + S-1 are a family: between them they hold all subnets.  Weights never leave the
         family, so on a host with S devices they never leave the host.  Of the holders, the one with least
         to send so far sends.
         """

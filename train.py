@@ -104,8 +104,8 @@ def shared_flags(description):
     p.add_argument("--grad-accum", type=positive, default=1, help="micro-steps per update [%(default)s]")
     p.add_argument("--device", choices=["cpu", "cuda"], help="[cuda where there is one]")
     p.add_argument("--timeout", type=positive, default=600, help="seconds to wait for others [%(default)s]")
-    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of products [%(default)s]")
-    p.add_argument("--reduce-dtype", choices=["fp32", "bf16"], default="fp32", help="of sums [%(default)s]")
+    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="autocast [%(default)s]")
+    p.add_argument("--reduce-dtype", choices=["fp32", "bf16"], default="fp32", help="messages [%(default)s]")
     p.add_argument("--compile", action="store_true", help="torch.compile of each block and bucket")
     p.add_argument("--checkpoint-activations", action="store_true", help="compute blocks twice, keep less")
     return p
@@ -191,7 +191,7 @@ def train(args, device):
            "checkpoint": checksum, "contents of --data": dataset.digest, "masks": digest(design.masks)})
     first_rank_first(partial(claim, args, start))
     describe(design, dataset, saved, device)
-    batch = dataset.batch("train", 0, 0, 1)
+    batch = dataset.batch("train", 0, 0, 1)                          # for its shape
     flops, ddp_flops = measure_workers(design, batch)                # of one micro-step
     steps = round(args.steps * ddp_flops / flops) if args.flop_match else args.steps
     if start >= steps:
@@ -203,7 +203,7 @@ def train(args, device):
     optimizer = design.family.optimizer(sync.runs, design.layout, args.lr)
     if checkpoint:
         restore(optimizer, sync, checkpoint["optimizer"])
-    full = design.full_model()                                       # to evaluate
+    full = design.full_model()                                       # without weights: evaluation streams it
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     flops_done = saved.get("flops", 0)
     skipped = start - updates                                        # updates that were not finite
