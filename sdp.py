@@ -941,6 +941,7 @@ class SubnetDataParallel(MaskedAllReduce):
         return [self._bucket(holders, runs) for holders, runs in reversed(buckets) if self.subnet in holders]
 
     def _plan_refresh(self, all_runs):
+        """Each exchange has about as many bytes as two buckets, so that a branch waits for little."""
         return super()._plan_refresh(all_runs, limit=2 * self.bucket_bytes / self.dtype.itemsize)
 
     def _restart(self):

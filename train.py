@@ -104,8 +104,10 @@ def shared_flags(description):
     p.add_argument("--grad-accum", type=positive, default=1, help="micro-steps per update [%(default)s]")
     p.add_argument("--device", choices=["cpu", "cuda"], help="[cuda where there is one]")
     p.add_argument("--timeout", type=positive, default=600, help="seconds to wait for others [%(default)s]")
-    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="autocast [%(default)s]")
-    p.add_argument("--reduce-dtype", choices=["fp32", "bf16"], default="fp32", help="messages [%(default)s]")
+    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32",
+                   help="of matrix products, by autocast [%(default)s]")
+    p.add_argument("--reduce-dtype", choices=["fp32", "bf16"], default="fp32",
+                   help="of gradients in messages [%(default)s]")
     p.add_argument("--compile", action="store_true", help="torch.compile of each block and bucket")
     p.add_argument("--checkpoint-activations", action="store_true", help="compute blocks twice, keep less")
     return p

@@ -316,6 +316,14 @@ def flops_of(row, masks):
     return sum(of_each) / n_subnets * row.workers
 
 
+def parameters_of(row):
+    """Number of parameters of the largest worker."""
+    branches = FAMILY[row.model].branches(config_of(row))
+    masks = masks_of(row, branches, 0, 0) if row.level else everything(branches)
+    models = [subnetwork(row, sdp.held_counts(masks, subnet)) for subnet in range(sdp.count_subnets(masks))]
+    return max(sum(p.numel() for p in model.parameters()) for model in models)
+
+
 def optimizer_of(row, parameters, lr):
     """The recipes of train.py: momentum for images, AdamW for text."""
     if row.model == "resnet":
@@ -469,8 +477,8 @@ def missing_runs(table, names, args, results):
 def say_table(table, names, args, results):
     """Prints the results as markdown: loss of the full model, mean and standard deviation over the seeds."""
     lengths = sorted({r["updates"] for r in results if r["row"] in names})
-    print("| row | best lr | FLOPs | " + " | ".join(f"{n} updates" for n in lengths) + " |")
-    print("|---|---|---|" + "---|" * len(lengths))
+    print("| row | best lr | parameters | FLOPs | " + " | ".join(f"{n} updates" for n in lengths) + " |")
+    print("|---|---|---|---|" + "---|" * len(lengths))
     plain = {("resnet" if r["row"].startswith("resnet") else "llama", r["updates"]): r["flops"]
              for r in results if r["row"] in ("ddp", "resnet-ddp")}
     for name in names:
@@ -485,7 +493,10 @@ def say_table(table, names, args, results):
             spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
             cells.append(f"{statistics.mean(found):.3f}{spread} ({len(found)})" if found else "")
         share = f"{flops[0]:.2f}" if flops else ""
-        print(f"| {name} | {best:g}{' so far' if more else ''} | {share} | " + " | ".join(cells) + " |")
+        dense = table["resnet-ddp" if table[name].model == "resnet" else "ddp"]
+        held = f"{parameters_of(table[name]) / parameters_of(dense):.2f}"
+        lr = f"{best:g}{' so far' if more else ''}"
+        print(f"| {name} | {lr} | {held} | {share} | " + " | ".join(cells) + " |")
 
 
 def main(argv=None):

@@ -42,6 +42,35 @@ def test_bad_masks_are_refused_and_odd_ones_warned_of():
             sdp.block_masks(branches, 4, held)
 
 
+@pytest.mark.parametrize("level", ["block", "neuron"])
+def test_the_loss_in_chunks_is_the_loss_in_one(monkeypatch, level):
+    """Chunks are computed twice, and the simulation has put other weights back by then."""
+    def update():
+        sync = make_sync(TINY, masks_for(TINY, 2, 1, level), False, simulated=2)
+        losses = []
+        for worker in sync.workers:
+            loss = sync.run(worker, *tokens_for(0, worker))          # 18 tokens
+            loss.backward()
+            losses.append(loss.item())
+        sync.finish()
+        return losses, gathered(sync, [run.param.grad for run in sync.runs])
+
+    losses, gradients = update()
+    monkeypatch.setattr(llama, "LOGITS", 4 * TINY.vocab_size)        # four tokens at a time
+    calls = []
+    summed_loss = llama.summed_loss
+
+    def counted(*args):
+        calls.append(args)
+        return summed_loss(*args)
+    monkeypatch.setattr(llama, "summed_loss", counted)
+    same_losses, same_gradients = update()
+    assert len(calls) == 2 * 2 * 5                                   # workers, forward and again, chunks
+    assert same_losses == pytest.approx(losses, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same_gradients[name], gradient, rtol=0, atol=1e-6)
+
+
 def test_picture_shows_the_masks():
     branches = {"a": (0, 2, 1.0), "b": (1, 2, 1.0)}
     whole = torch.tensor([[True, False], [True, False]])
