@@ -39,17 +39,17 @@ The words:
 The file has the method four times, each time closer to the machine: `naive_masked_average`, which needs
 full-size tensors; `Simulation`, all workers in one process; `MaskedAllReduce`, real workers, one message
 for each holder set; and `SubnetDataParallel`, whose messages leave while the backward pass still runs.  You
-can stop after `MaskedAllReduce`.
+can stop after `MaskedAllReduce`.  Two appendices have the search for masks, and what is refused.
 """
 
 import hashlib
 import math
 import os
-import weakref
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import chain
+from itertools import chain, product
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -76,7 +76,8 @@ def naive_masked_average(grad, held):
 # Masks: {branch: bool tensor [neurons, n_subnets]}.  This dict is the whole description of an SDP run
 # -----------------------------------------------------------------------------------------------------------
 # A model tells us its `branches`: branch name -> (block, number of neurons, *costs of one neuron).  The
-# costs are of any kinds, here bytes, FLOPs and activations; only their ratios matter.
+# costs are of any kinds, here bytes, FLOPs and activations; only their ratios matter.  `balanced_sets`, in
+# the appendix, finds sets of subnets that carry equal costs.
 
 def block_masks(branches, n_subnets, held, seed=0):
     """Each block is held or skipped whole.  Exactly `held` of the subnets hold it."""
@@ -98,46 +99,19 @@ def neuron_masks(branches, n_subnets, held, seed=0):
     ones = np.ones((min(n_subnets, total), 1))
     sets = balanced_sets(ones, ones[:, 0], n_subnets, held, seed)  # bool [sets, n_subnets]
     costs = dict(zip(branches, relative_costs(branches)))
-    counts = {}                                             # branch -> neurons of each set
-    burden = 0                                              # [n_subnets, kinds]: what each subnet carries
-    for name, (_, neurons, *_) in branches.items():
-        counts[name] = np.full(len(sets), neurons // len(sets))
-        burden = burden + np.outer(sets.T @ counts[name], costs[name])
-    # The neurons left over, dearest first, one by one to the set whose members carry least
-    for name in sorted(branches, key=lambda name: tuple(costs[name]), reverse=True):
-        for _ in range(branches[name][1] % len(sets)):
-            open_sets = np.flatnonzero(counts[name] == counts[name].min())
-            after = [((burden[sets[i]] + costs[name]) ** 2).sum() for i in open_sets]
-            i = open_sets[int(np.argmin(after))]
-            counts[name][i] += 1
-            burden[sets[i]] += costs[name]
-    return {name: torch.from_numpy(np.repeat(sets, counts[name], axis=0)) for name in branches}
+    masks = {}
+    begin = 0
+    for name in sorted(branches, key=lambda name: tuple(costs[name])):  # like branches follow each other
+        neurons = branches[name][1]
+        counts = np.full(len(sets), neurons // len(sets))   # neurons of each set
+        left = neurons % len(sets)                          # the sets take turns at those left over
+        counts[(begin + np.arange(left)) % len(sets)] += 1
+        begin += left
+        masks[name] = torch.from_numpy(np.repeat(sets, counts, axis=0))
+    return {name: masks[name] for name in branches}
 
 
 MASKS = {"block": block_masks, "neuron": neuron_masks}      # train.py --level; yours is a third entry
-
-
-def check_masks(masks, branches):
-    """Raises ValueError for masks that cannot be trained.  Returns warnings for odd ones."""
-    if masks.keys() != branches.keys():
-        odd = sorted(masks.keys() ^ branches.keys())
-        raise ValueError(f"the masks are not of this model: branches {odd[:3]} differ")
-    n_subnets = count_subnets(masks)
-    for name, mask in masks.items():
-        if len(mask) != branches[name][1] or mask.shape[-1] != n_subnets:
-            raise ValueError(f"mask of {name}: wanted {branches[name][1]} neurons and {n_subnets} subnets, "
-                             f"got {list(mask.shape)}")
-    sets, _ = holder_sets(masks)
-    sizes = {len(holders) for holders in sets}
-    warnings = []
-    if len(sizes) > 1:
-        warnings.append(f"neurons have from {min(sizes)} to {max(sizes)} holders, so coverage is uneven")
-    groups = {*sets, *(branch_holders(mask) for mask in masks.values())} - {tuple(range(n_subnets))}
-    if len(groups) > n_subnets:
-        warnings.append(f"the masks need {len(groups)} process groups, more than there are subnets")
-    if spectral_gap(*rows_of(masks))[1] > 1:
-        warnings.append("the subnets fall into separate groups that share no neuron of any branch")
-    return warnings
 
 
 def count_subnets(masks):
@@ -152,11 +126,10 @@ def held_counts(masks, subnet):
 def branch_scales(masks, subnet):
     """{branch: what forward masking multiplies this subnet's branch by}: 1/C where the coverage is C.
 
-    A subnetwork's branch is a part of a sum, and the full model adds up the whole.  With this factor the
-    mean over all subnetworks is the full branch: a neuron with h holders is in h of the S subnetworks, and
-    h * S/h / S = 1.  Dropout and stochastic depth (arXiv 1603.09382) scale for the same reason.  A branch
-    has one factor.  Where its neurons have different numbers of holders, it is the mean over those held
-    here.  It multiplies the sum over the neurons; a bias that is added to the sum stays as it is.
+    A neuron with h holders is in h of the S subnetworks.  Times S/h, the mean over all subnetworks is the
+    full model's branch.  Dropout and stochastic depth (arXiv 1603.09382) scale for the same reason.  A branch
+    has one factor: the mean over its neurons held here.  It multiplies the sum over the neurons, not a bias
+    that is added to the sum.
     """
     scales = {}
     for branch, mask in masks.items():
@@ -188,117 +161,6 @@ def holder_sets(masks):
 def branch_holders(mask):
     """The subnets that hold some neuron of the branch.  They hold its norm."""
     return tuple(mask.any(0).nonzero().flatten().tolist())
-
-
-def relative_costs(branches):
-    """[branches, kinds]: one neuron's cost of each kind, as a fraction of the whole model's."""
-    cost = np.array([costs for _, _, *costs in branches.values()], float)
-    neurons = np.array([neurons for _, neurons, *_ in branches.values()])
-    return cost / (neurons @ cost)
-
-
-def loads(masks, branches):
-    """[n_subnets, kinds]: what each subnet carries of the branches, over the mean subnet."""
-    costs = relative_costs(branches)
-    load = sum(np.outer(mask.sum(0).numpy(), cost) for mask, cost in zip(masks.values(), costs))
-    return load / load.mean(0)
-
-
-def rows_of(masks):
-    """Distinct rows of all masks [n, n_subnets], and how many neurons have each [n]."""
-    rows, neurons = torch.cat(list(masks.values())).unique(dim=0, return_counts=True)
-    return rows.numpy(), neurons.numpy()
-
-
-def spectral_gap(rows, neurons):
-    """How well news spreads among the subnets: spectral gap, and number of connected components.
-
-    rows [n, n_subnets]: who holds item n; neurons [n]: how many neurons it stands for.  The gap is 1 -
-    lambda_2 of the random walk subnet -> neuron -> subnet.  Gap 0: some subnet never hears of some other
-    through shared neurons.  Gap 1: one step of averaging mixes all.  (The paper's convergence proof uses
-    such a gap.)
-    """
-    rows = np.asarray(rows, float)
-    walk = (rows * (neurons / rows.sum(1))[:, None]).T @ rows  # [n_subnets, n_subnets]
-    degree = walk.sum(1)
-    alone = degree == 0                                     # a subnet that holds nothing stays where it is
-    walk[alone, alone] = 1
-    degree[alone] = 1
-    eigenvalues = np.linalg.eigvalsh(walk / np.sqrt(np.outer(degree, degree)))
-    gap = 1 - eigenvalues[-2] if len(eigenvalues) > 1 else 1.0
-    return max(0.0, round(gap, 9)), int((eigenvalues > 1 - 1e-9).sum())
-
-
-def picture(masks, branches):
-    """The masks as text: branches down (one line for a block that is held whole), subnets across."""
-    lines = {}                                              # label -> one cell for each subnet
-    for name, mask in masks.items():
-        block = branches[name][0]
-        whole = all(bool((m == mask[0]).all()) for branch, m in masks.items() if branches[branch][0] == block)
-        parts = mask.float().tensor_split(1 if whole else min(8, len(mask)))
-        held = torch.stack([part.mean(0) for part in parts], dim=1)  # [n_subnets, parts], 0 to 1
-        cells = ["".join("·░▒▓█"[math.ceil(4 * part)] for part in row) for row in held.tolist()]
-        lines[f"block {block}" if whole else name] = " ".join(cell * 2 if whole else cell for cell in cells)
-    margin = max(map(len, lines))
-    return "\n".join(f"  {label:{margin}}  {cells}" for label, cells in lines.items())
-
-
-def balanced_sets(cost, size, n_subnets, held, seed):
-    """Gives each of n items (blocks, say) a set of `held` subnets; at most `n_subnets` different sets.
-
-    cost [n, kinds], size [n] in neurons -> bool [n, n_subnets].  Any sets would do.  These have a small
-
-        10 (components - 1)  +  largest load / mean  +  0.01 (mean square load)  -  0.02 (spectral gap)
-
-    The weights say what matters: connected first, then balance, then the gap.  Four greedy starts, each
-    improved by random exchanges that do no harm.  At most S sets, as each costs a process group.  All ranks
-    find the same sets: no clock, and numbers are rounded before they are compared.
-    """
-    if not 1 <= held <= n_subnets:
-        raise ValueError(f"held must be from 1 to {n_subnets} (the number of subnets), not {held}")
-    rng = np.random.default_rng(seed)
-    cost = cost / cost.sum(0) * n_subnets / held            # now a subnet's mean load is 1
-    # Items beyond the number of sets share one: dearest first, into the lightest bundle
-    bundles = min(len(cost), n_subnets)
-    bundle = np.zeros(len(cost), int)
-    weight = np.zeros((bundles, cost.shape[1]))
-    neurons = np.zeros(bundles)
-    for item in np.argsort(-cost.max(1), kind="stable"):
-        lightest = (weight + cost[item]).max(1).argmin()
-        bundle[item] = lightest
-        weight[lightest] += cost[item]
-        neurons[lightest] += size[item]
-
-    def badness(sets):
-        gap, components = spectral_gap(sets, neurons)
-        load = sets.T @ weight                              # [n_subnets, kinds], mean 1
-        return round(10 * (components - 1) + load.max() + 0.01 * (load ** 2).mean() - 0.02 * gap, 9)
-
-    best = None
-    for _ in range(4):                                      # from four starts: a search can get stuck
-        sets = np.zeros((bundles, n_subnets), bool)
-        load = np.zeros((n_subnets, cost.shape[1]))
-        for g in np.argsort(-weight.max(1), kind="stable"):  # dearest first, to those who carry least
-            after = (load + weight[g]).max(1) + 1e-6 * rng.random(n_subnets)
-            sets[g, np.argsort(after)[:held]] = True
-            load += np.outer(sets[g], weight[g])
-        bad = badness(sets)
-        exchanges = int(500 * min(1, (12 / n_subnets) ** 2)) if held < n_subnets else 0
-        for _ in range(exchanges):
-            i, j = rng.choice(n_subnets, 2, replace=False)
-            gives = np.flatnonzero(sets[:, i] & ~sets[:, j])  # bundles that i can give to j
-            takes = np.flatnonzero(sets[:, j] & ~sets[:, i])
-            trial = sets.copy()
-            if len(gives):
-                trial[rng.choice(gives), [i, j]] = False, True
-            if len(takes) and rng.random() < 0.7:           # mostly an exchange: the numbers of bundles stay
-                trial[rng.choice(takes), [i, j]] = True, False
-            new = badness(trial)
-            if new <= bad:
-                sets, bad = trial, new
-        if best is None or bad < best[0]:
-            best = bad, sets
-    return best[1][bundle]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -345,7 +207,8 @@ def slots(module, masks, layout, subnet):
         else:
             mask = masks[branch]
             if shape[dim] % len(mask):
-                raise ValueError(f"{name} has {shape[dim]} rows, which {len(mask)} neurons cannot share")
+                raise ValueError(f"{name} has {shape[dim]} rows, which {len(mask)} neurons, as many as the "
+                                 f"mask of {branch} has, cannot share")
             neurons = which[branch].argsort(stable=True)    # sorted by holder set
             here = mask[neurons, subnet] != frozen          # the held ones; in `rest` those not held
             neurons = neurons[here]
@@ -358,25 +221,6 @@ def slots(module, masks, layout, subnet):
         found[local] = slot
     check_module(module, masks, layout, subnet, found)
     return found
-
-
-def check_module(module, masks, layout, subnet, found):
-    """Raises ValueError for what the module lacks, ties or keeps so that SDP would train it wrongly."""
-    trained = {slot.name for slot in found.values() if slot.trains}
-    for name, (branch, _, _) in layout.items():
-        held = branch is None or bool(masks[branch][:, subnet].any())
-        if held and name not in trained:
-            raise ValueError(f"subnet {subnet} holds {name}, but the module does not have it (of tied "
-                             f"parameters only the first name belongs into the layout, with branch None)")
-    first_name = {p: local for local, p in module.named_parameters()}
-    everything = dict(module.named_parameters(remove_duplicate=False))
-    for alias, p in everything.items():
-        first = first_name[p]
-        if alias != first and layout[found[first].name][0] is not None:
-            raise ValueError(f"{first} and {alias} are tied in a branch: only shared ones can be")
-    for buffer in module.state_dict().keys() - everything.keys():
-        raise ValueError(f"buffer {buffer} is state that nobody averages: register a constant with "
-                         f"persistent=False, and batch norms with track_running_stats=False")
 
 
 def cut(full, slot):
@@ -494,10 +338,11 @@ class Simulation:
         self.params = {name: nn.Parameter(value(name).to(device, copy=True)) for name in layout}
         self.runs = [Run(name, None, p.numel(), name, p) for name, p in self.params.items()]
 
-    def run(self, worker, *inputs):
-        """Forward pass of one worker, whose module is a mere shape.  Its weights are cut from the full
-        ones.  In the backward pass autograd pastes the gradients back, and adds up those of all workers in
-        the full parameter's .grad.
+    def forward(self, worker, *inputs):
+        """Forward pass of one worker.  Its module is a mere shape; its weights are cut from the full ones.
+
+        In the backward pass autograd pastes the gradients back, and adds up those of all workers in the
+        full parameter's .grad.
         """
         subnet = worker % self.n_subnets
         weights = {}
@@ -528,7 +373,7 @@ class Simulation:
         return torch.tensor([norm, *scalars], dtype=torch.float64, device=self.device)
 
     def refresh(self):
-        pass                                                # frozen weights are cut afresh in every run
+        pass                                                # frozen weights are cut afresh in every pass
 
     close = refresh
 
@@ -558,9 +403,6 @@ class Simulation:
 # could wait for ever.  So all workers go through all messages in one global order, each leaving out those
 # that are not for it.
 
-WRAPPED = weakref.WeakSet()                                 # modules that have a wrapper
-
-
 class Bucket(NamedTuple):
     """Runs with the same holders.  Their gradients travel as one message."""
     holders: tuple
@@ -589,17 +431,15 @@ class MaskedAllReduce:
         sync.refresh()                                  # backward masking: new weights for frozen neurons
 
     module: the subnetwork of this process, rank mod S, with the same weights as the other holders' (see
-    `materialize`).  masks, layout: as above.  backward: the masking is backward masking.  All of them the
-    same on every rank.  timeout: of the process groups, a timedelta.  The loss must be the mean over this
-    worker's batch.
-
-    The optimizer steps on runs, so it must treat each number by itself (SGD, Adam) to be the full model's
-    optimizer.  Use float32 weights, with autocast for bfloat16.  Do not use torch.amp.GradScaler: it
-    decides rank by rank whether to skip an update, and the replicas part.  The norm that `clip_grad_norm`
-    returns is the same on all ranks: skip by that.
-
+    `materialize`).  backward: is it backward masking?  masks, layout and backward: the same on every rank.
+    timeout: of the process groups, a timedelta.  The loss must be the mean over this worker's batch.
     runs: what this worker trains.  sent_bytes: what it sends in one update.
     Raises ValueError for what SDP would train wrongly.
+
+    The optimizer steps on runs (module.parameters() get no gradients), so it must treat each number by
+    itself, as SGD and Adam do.  Use float32 weights, with autocast for bfloat16.  Do not use
+    torch.amp.GradScaler: it skips updates rank by rank, and the replicas part.  The norm that
+    `clip_grad_norm` returns is the same on all ranks: skip by that.
     """
 
     def __init__(self, module, masks, layout, backward=False, timeout=None):
@@ -615,14 +455,19 @@ class MaskedAllReduce:
         self.device = next(iter(self.params.values())).device
         self.dtype = next(iter(self.params.values())).dtype
         self.wire_dtype = self.dtype                        # of gradients in messages
-        self._check()
+        check_wrap(module, self.slots)
+        for local, slot in self.slots.items():
+            if slot.dim is not None:                        # neuron by neuron in memory
+                p = self.params[local]
+                p.data = p.data.movedim(slot.dim, 0).contiguous().movedim(0, slot.dim)
 
         all_runs = self._find_runs()
         for run in all_runs:
             if self.subnet not in run.holders and (run.param is not None) != backward:
-                raise ValueError(f"of {run.name}, neurons that this worker does not hold must be in the "
-                                 f"module (in `rest`) under backward masking, and only then; "
-                                 f"backward is {backward}")
+                has = "the module has not" if backward else "the module has"
+                raise ValueError(f"{has} the neurons of {run.name} that this worker does not hold (`rest`), "
+                                 f"and backward is {backward}: backward masking needs them, forward masking "
+                                 f"must not have them")
         self.runs = [run for run in all_runs if self.subnet in run.holders]
         self.runs_in = defaultdict(list)                    # trained parameter -> its runs, as they lie in it
         for run in self.runs:
@@ -640,9 +485,10 @@ class MaskedAllReduce:
         self.squares = []                                   # sum of squares of each message that has arrived
         self.exchanges = self._plan_refresh(all_runs) if backward else []
         self._coming = []                                   # refresh messages under way
-        WRAPPED.add(module)
+        self._stale = False                                 # frozen weights are those of an update ago
+        module.is_wrapped = True
 
-    def run(self, worker, *inputs):
+    def forward(self, worker, *inputs):
         """Forward pass of worker `worker`, which is this process's."""
         return self.module(*inputs)
 
@@ -654,7 +500,7 @@ class MaskedAllReduce:
     @torch.no_grad()
     def finish(self):
         """Makes every run's gradient the average over its holders.  Call it after the backward pass."""
-        self.squares = []
+        self._begin_finish()
         for local in self.runs_in:
             self._take_gradient(local)
         for bucket in self.buckets:                         # in one global order
@@ -662,6 +508,12 @@ class MaskedAllReduce:
             message *= bucket.share                         # 1/|H_j| * g_ij
             dist.all_reduce(message, group=self.groups[bucket.holders])  # sum over i in H_j
             self._deal_out(bucket, message, torch.dot(message, message))
+
+    def _begin_finish(self):
+        if self._stale:
+            raise RuntimeError("frozen weights are old: backward masking needs refresh() after each update")
+        self._stale = bool(self.exchanges)
+        self.squares = []
 
     def _take_gradient(self, local):
         """Moves the gradient of a parameter to its runs.  No copy: the runs' gradients are views.
@@ -708,6 +560,7 @@ class MaskedAllReduce:
     @torch.no_grad()
     def refresh(self):
         """Backward masking: brings new weights to those who run them frozen.  Forward masking: nothing."""
+        self._stale = False
         for exchange in self.exchanges:
             self._begin(exchange)
             self.arrive()
@@ -731,44 +584,16 @@ class MaskedAllReduce:
                 weights = list(chain(*exchange.gets))
                 torch._foreach_copy_(weights, new.split([weight.numel() for weight in weights]))
 
-    def reset(self):
-        """Drops all gradients: after an exception in the backward pass that all ranks had alike."""
-        self.squares = []
-        for p in [*self.params.values(), *(run.param for run in self.runs)]:
-            p.grad = None
-
     def close(self):
         """Ends the process groups made here, so that the module can be wrapped again.  Collective."""
         self.arrive()
-        WRAPPED.discard(self.module)
+        self.module.is_wrapped = False
         dist.barrier()                                      # or gloo fails a rank that still connects
         for group in self.groups.values():
             if group is not dist.group.WORLD and group is not dist.GroupMember.NON_GROUP_MEMBER:
                 dist.destroy_process_group(group)
 
     # -- plans, which every rank makes alike from masks and layout
-
-    def _check(self):
-        if self.module in WRAPPED:
-            raise ValueError("the module is wrapped already: close() the first wrapper before the second")
-        for local, slot in self.slots.items():
-            p = self.params[local]
-            if p.dtype != self.dtype or p.device != self.device:
-                raise ValueError("all parameters must have one dtype and one device: they share messages")
-            if slot.trains and not p.requires_grad:
-                raise ValueError(f"{local} has requires_grad=False, but this worker trains it: leave its "
-                                 f"runs out of the optimizer instead")
-            if p.requires_grad and not slot.trains:
-                raise ValueError(f"{local} has requires_grad=True, but it is frozen here: use materialize()")
-            if slot.dim is not None:                        # neuron by neuron in memory
-                p.data = p.data.movedim(slot.dim, 0).contiguous().movedim(0, slot.dim)
-        # Overlapping groups communicate at the same time, each on a stream of its own.  That is safe if the
-        # GPU begins their kernels in the order in which the host issued them, which NCCL promises from 2.26
-        # on, if this variable says so
-        if self.device.type == "cuda" and "nccl" in dist.get_backend_config():
-            if torch.cuda.nccl.version() < (2, 26) or os.environ.get("NCCL_LAUNCH_ORDER_IMPLICIT") != "1":
-                raise RuntimeError("overlapping NCCL groups can deadlock: this needs NCCL 2.26 or later, and "
-                                   "NCCL_LAUNCH_ORDER_IMPLICIT=1 set before init_process_group")
 
     def _count(self, holders):
         """|H_j|: each subnet is that of W/S workers."""
@@ -810,20 +635,15 @@ class MaskedAllReduce:
         to send so far sends.
         """
         family = self.rank - self.subnet
-        everyone = range(self.n_subnets)
-        transfers = [(run, subnet) for run in all_runs for subnet in everyone if subnet not in run.holders]
         load = Counter()                                    # numbers that each subnet sends in an update
         for run in all_runs:
             for subnet in run.holders:
                 load[subnet] += run.numel * (2 - 2 / self._count(run.holders))
-        senders = {}                                        # of each transfer: a subnet
-        for run, subnet in sorted(transfers, key=size_of_transfer, reverse=True):
-            sender = min(run.holders, key=load.__getitem__)
-            load[sender] += run.numel
-            senders[run.name, run.holders, subnet] = sender
         exchanges = []
         size = limit
-        for run, subnet in transfers:
+        for run, subnet in product(all_runs, range(self.n_subnets)):
+            if subnet in run.holders:
+                continue
             if size >= limit:
                 size = 0
                 sends = [[] for _ in range(self.world)]
@@ -831,7 +651,8 @@ class MaskedAllReduce:
                 exchanges.append(Exchange(set(), sends, gets))
             size += run.numel / self.n_subnets
             exchanges[-1].branches.add(self.layout[run.name][0])
-            sender = senders[run.name, run.holders, subnet]
+            sender = min(run.holders, key=load.__getitem__)
+            load[sender] += run.numel
             if self.subnet == sender:
                 sends[family + subnet].append(run.param.data)
             elif self.subnet == subnet:
@@ -915,10 +736,9 @@ class SubnetDataParallel(MaskedAllReduce):
         """This worker's buckets, in the order of sending.
 
         Go through the runs in forward order, with one open bucket for each holder set.  When one is full,
-        begin new ones of all sets.  A run that would fill a bucket gets one of its own: it need not be
-        packed.  The backward pass comes to the runs in the opposite order, so the list is reversed.  Its
-        last buckets are small, for little of the backward pass is left to hide them: the first limit is a
-        quarter of `bucket_bytes`.
+        begin new ones of all sets.  A large run gets a bucket of its own: it need not be packed.  The
+        backward pass comes to the runs in the opposite order, so the list is reversed.  Its last buckets are
+        small, as little of the backward pass is left to hide them: the first limit is a quarter.
         """
         buckets = []                                        # (holders, runs) of all workers
         opened = {}
@@ -994,6 +814,7 @@ class SubnetDataParallel(MaskedAllReduce):
             branch = min(self._coming[0][-1].branches)
             raise RuntimeError(f"weights of {branch} were used before they had arrived: the module around "
                                f"that branch was never called as one; call arrive() before the forward pass")
+        self._begin_finish()
         for local in self.runs_in:
             if local not in self._taken:
                 self._ready(local)                          # it took no part in this loss
@@ -1007,6 +828,7 @@ class SubnetDataParallel(MaskedAllReduce):
     @torch.no_grad()
     def refresh(self):
         """Backward masking: asks for the weights that were updated elsewhere.  Each branch waits for its."""
+        self._stale = False
         self.arrive()
         for exchange in self.exchanges:
             self._begin(exchange)
@@ -1029,8 +851,10 @@ class SubnetDataParallel(MaskedAllReduce):
         """Drops all gradients: after an exception in the backward pass that all ranks had alike."""
         for work, *_ in self._flying:
             work.wait()
+        self._stale = False
         self._restart()
-        super().reset()
+        for p in [*self.params.values(), *(run.param for run in self.runs)]:
+            p.grad = None
 
     def close(self):
         """Removes the hooks and ends the groups, so that the module can be wrapped again.  Collective."""
@@ -1056,11 +880,6 @@ def numels(tensors):
     return sum(tensor.numel() for tensor in tensors)
 
 
-def size_of_transfer(transfer):
-    run, _ = transfer
-    return run.numel
-
-
 # -----------------------------------------------------------------------------------------------------------
 # Evaluating the full model, which no worker holds
 # -----------------------------------------------------------------------------------------------------------
@@ -1084,3 +903,185 @@ def stream(sync, full, batches):
                 batches[i] = stage(x)
         for name, weight in full.get_submodule(path).named_parameters(path):
             put(full, name, nn.Parameter(weight.to("meta"), requires_grad=False))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Appendix 1: masks with balanced loads.  Any masks can be trained; these make the largest worker small
+# -----------------------------------------------------------------------------------------------------------
+
+def relative_costs(branches):
+    """[branches, kinds]: one neuron's cost of each kind, as a fraction of the whole model's."""
+    cost = np.array([costs for _, _, *costs in branches.values()], float)
+    neurons = np.array([neurons for _, neurons, *_ in branches.values()])
+    return cost / (neurons @ cost)
+
+
+def loads(masks, branches):
+    """[n_subnets, kinds]: what each subnet carries of the branches, over the mean subnet."""
+    costs = relative_costs(branches)
+    load = sum(np.outer(mask.sum(0).numpy(), cost) for mask, cost in zip(masks.values(), costs))
+    return load / load.mean(0)
+
+
+def rows_of(masks):
+    """Distinct rows of all masks [n, n_subnets], and how many neurons have each [n]."""
+    rows, neurons = torch.cat(list(masks.values())).unique(dim=0, return_counts=True)
+    return rows.numpy(), neurons.numpy()
+
+
+def spectral_gap(rows, neurons):
+    """How well news spreads among the subnets: spectral gap, and number of connected components.
+
+    rows [n, n_subnets]: who holds item n; neurons [n]: how many neurons it stands for.  The gap is 1 -
+    lambda_2 of the random walk subnet -> neuron -> subnet.  Gap 0: some subnet never hears of some other
+    through shared neurons.  Gap 1: one step mixes all.  (The paper's convergence proof uses such a gap.)
+    """
+    rows = np.asarray(rows, float)
+    walk = (rows * (neurons / rows.sum(1))[:, None]).T @ rows  # [n_subnets, n_subnets]
+    degree = walk.sum(1)
+    alone = degree == 0                                     # a subnet that holds nothing stays where it is
+    walk[alone, alone] = 1
+    degree[alone] = 1
+    eigenvalues = np.linalg.eigvalsh(walk / np.sqrt(np.outer(degree, degree)))
+    gap = 1 - eigenvalues[-2] if len(eigenvalues) > 1 else 1.0
+    return max(0.0, round(gap, 9)), int((eigenvalues > 1 - 1e-9).sum())
+
+
+def picture(masks, branches):
+    """The masks as text: branches down (one line for a block that is held whole), subnets across."""
+    lines = {}                                              # label -> one cell for each subnet
+    for name, mask in masks.items():
+        block = branches[name][0]
+        whole = all(bool((m == mask[0]).all()) for branch, m in masks.items() if branches[branch][0] == block)
+        parts = mask.float().tensor_split(1 if whole else min(8, len(mask)))
+        held = torch.stack([part.mean(0) for part in parts], dim=1)  # [n_subnets, parts], 0 to 1
+        cells = ["".join("·░▒▓█"[math.ceil(4 * part)] for part in row) for row in held.tolist()]
+        lines[f"block {block}" if whole else name] = " ".join(cell * 2 if whole else cell for cell in cells)
+    margin = max(map(len, lines))
+    return "\n".join(f"  {label:{margin}}  {cells}" for label, cells in lines.items())
+
+
+def balanced_sets(cost, size, n_subnets, held, seed):
+    """Gives each of n items (blocks, say) a set of `held` subnets; at most `n_subnets` different sets.
+
+    cost [n, kinds], size [n] in neurons -> bool [n, n_subnets].  Any sets would do.  These have a small
+
+        10 (components - 1)  +  largest load / mean  +  0.01 (mean square load)  -  0.02 (spectral gap)
+
+    The weights say what matters: connected first, then balance, then the gap.  The search begins four times,
+    each time with sets that follow one another round a ring, and makes random exchanges that do no harm.  At
+    most S sets, as each costs a process group.  All ranks find the same sets: no clock, and numbers are
+    rounded before they are compared.
+    """
+    if not 1 <= held <= n_subnets:
+        raise ValueError(f"held must be from 1 to {n_subnets} (the number of subnets), not {held}")
+    if held == n_subnets:
+        return np.ones((len(cost), n_subnets), bool)
+    rng = np.random.default_rng(seed)
+    cost = cost / cost.sum(0) * n_subnets / held            # now a subnet's mean load is 1
+    # Items beyond the number of sets share one: dearest first, into the lightest bundle
+    bundles = min(len(cost), n_subnets)
+    bundle = np.zeros(len(cost), int)
+    weight = np.zeros((bundles, cost.shape[1]))
+    for item in np.argsort(-cost.max(1), kind="stable"):
+        bundle[item] = (weight + cost[item]).max(1).argmin()
+        weight[bundle[item]] += cost[item]
+    neurons = np.bincount(bundle, size)
+
+    def badness(sets):
+        gap, components = spectral_gap(sets, neurons)
+        load = sets.T @ weight                              # [n_subnets, kinds], mean 1
+        return round(10 * (components - 1) + load.max() + 0.01 * (load ** 2).mean() - 0.02 * gap, 9)
+
+    found = []
+    for _ in range(4):                                      # a search can get stuck
+        ring = rng.permutation(n_subnets)
+        places = held * np.arange(bundles)[:, None] + np.arange(held)  # a set begins where the last one ends
+        sets = np.zeros((bundles, n_subnets), bool)
+        np.put_along_axis(sets, ring[places % n_subnets], True, axis=1)
+        bad = badness(sets)
+        for _ in range(500):
+            i, j = rng.choice(n_subnets, 2, replace=False)
+            gives = np.flatnonzero(sets[:, i] & ~sets[:, j])  # bundles that i can give to j
+            takes = np.flatnonzero(sets[:, j] & ~sets[:, i])
+            trial = sets.copy()
+            if len(gives):
+                trial[rng.choice(gives), [i, j]] = False, True
+            if len(takes) and rng.random() < 0.7:           # mostly an exchange: the numbers of bundles stay
+                trial[rng.choice(takes), [i, j]] = True, False
+            new = badness(trial)
+            if new <= bad:
+                sets, bad = trial, new
+        found.append((bad, sets))
+    _, sets = min(found, key=itemgetter(0))
+    return sets[bundle]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Appendix 2: what is refused, as it would be trained wrongly
+# -----------------------------------------------------------------------------------------------------------
+
+def check_masks(masks, branches):
+    """Raises ValueError for masks that cannot be trained.  Returns warnings for odd ones."""
+    if masks.keys() != branches.keys():
+        odd = sorted(masks.keys() ^ branches.keys())
+        raise ValueError(f"the masks are not of this model: branches {odd[:3]} differ")
+    n_subnets = count_subnets(masks)
+    for name, mask in masks.items():
+        if len(mask) != branches[name][1] or mask.shape[-1] != n_subnets:
+            raise ValueError(f"mask of {name}: wanted {branches[name][1]} neurons and {n_subnets} subnets, "
+                             f"got {list(mask.shape)}")
+    sets, _ = holder_sets(masks)
+    sizes = {len(holders) for holders in sets}
+    warnings = []
+    if len(sizes) > 1:
+        warnings.append(f"neurons have from {min(sizes)} to {max(sizes)} holders, so coverage is uneven")
+    groups = {*sets, *(branch_holders(mask) for mask in masks.values())} - {tuple(range(n_subnets))}
+    if len(groups) > n_subnets:
+        warnings.append(f"the masks need {len(groups)} process groups, more than there are subnets")
+    if spectral_gap(*rows_of(masks))[1] > 1:
+        warnings.append("the subnets fall into separate groups that share no neuron of any branch")
+    return warnings
+
+
+def check_module(module, masks, layout, subnet, found):
+    """Raises ValueError for what the module lacks, ties or keeps so that SDP would train it wrongly."""
+    trained = {slot.name for slot in found.values() if slot.trains}
+    for name, (branch, _, _) in layout.items():
+        held = branch is None or bool(masks[branch][:, subnet].any())
+        if held and name not in trained:
+            raise ValueError(f"subnet {subnet} holds {name}, but the module does not have it (of tied "
+                             f"parameters only the first name belongs into the layout, with branch None)")
+    first_name = {p: local for local, p in module.named_parameters()}
+    everything = dict(module.named_parameters(remove_duplicate=False))
+    for alias, p in everything.items():
+        first = first_name[p]
+        if alias != first and layout[found[first].name][0] is not None:
+            raise ValueError(f"{first} and {alias} are tied in a branch: only shared ones can be")
+    for buffer in module.state_dict().keys() - everything.keys():
+        raise ValueError(f"buffer {buffer} is state that nobody averages: register a constant with "
+                         f"persistent=False, and batch norms with track_running_stats=False")
+
+
+def check_wrap(module, places):
+    """Raises for a module that is not ready to be wrapped.  places: its `slots`."""
+    if getattr(module, "is_wrapped", False):
+        raise ValueError("the module is wrapped already: close() the first wrapper before the second")
+    params = dict(module.named_parameters())
+    first = next(iter(params.values()))
+    for local, slot in places.items():
+        p = params[local]
+        if p.dtype != first.dtype or p.device != first.device:
+            raise ValueError("all parameters must have one dtype and one device: they share messages")
+        if slot.trains and not p.requires_grad:
+            raise ValueError(f"{local} has requires_grad=False, but this worker trains it: leave its "
+                             f"runs out of the optimizer instead")
+        if p.requires_grad and not slot.trains:
+            raise ValueError(f"{local} has requires_grad=True, but it is frozen here: use materialize()")
+    # Overlapping groups communicate at the same time, each on a stream of its own.  That is safe if the GPU
+    # begins their kernels in the order in which the host issued them, which NCCL promises from 2.26 on, if
+    # this variable says so
+    if first.device.type == "cuda" and "nccl" in dist.get_backend_config():
+        if torch.cuda.nccl.version() < (2, 26) or os.environ.get("NCCL_LAUNCH_ORDER_IMPLICIT") != "1":
+            raise RuntimeError("overlapping NCCL groups can deadlock: this needs NCCL 2.26 or later, and "
+                               "NCCL_LAUNCH_ORDER_IMPLICIT=1 set before init_process_group")

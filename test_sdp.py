@@ -174,7 +174,7 @@ def backward_pass(sync, config, step, accum=1, batches=None):
         for micro in range(accum):
             x, y = batches(step * accum + micro, worker)
             with sync.no_sync() if micro < accum - 1 else nullcontext():
-                loss = family(config)[0].loss(sync.run(worker, x), y)
+                loss = family(config)[0].loss(sync.forward(worker, x), y)
                 (loss / accum).backward()
             losses.append(loss.item())
     sync.finish()
@@ -687,7 +687,7 @@ def alone(rank=0, world=2):
 
 def _messages_of_a_refresh_before_and_after_the_forward_pass(masks):
     sync, (x, y) = make_sync(TINY, masks, True), tokens_for(0, 0)
-    llama.loss(sync.run(0, x), y).backward()
+    llama.loss(sync.forward(0, x), y).backward()
     sync.finish()
     messages, real = [], dist.all_to_all_single
 
@@ -701,7 +701,7 @@ def _messages_of_a_refresh_before_and_after_the_forward_pass(masks):
     sync.refresh()
     dist.all_to_all_single = real
     before = alive()
-    sync.run(0, x)
+    sync.forward(0, x)
     end = time.monotonic() + 5
     while alive() and time.monotonic() < end:               # gloo's own thread lets go a little later
         time.sleep(0.01)
@@ -758,7 +758,7 @@ def _sizes(config, masks, backward):
     optimizer = torch.optim.AdamW([run.param for run in sync.runs], lr=1e-3)
     x, y = batch_for(config)(0, 0, config)
     with SizesCreated() as created:
-        loss_of(sync.run(0, x), y).backward()
+        loss_of(sync.forward(0, x), y).backward()
         sync.finish()
         sync.clip_grad_norm(1.0)
         optimizer.step()
@@ -947,7 +947,7 @@ def test_messages_leave_while_backward_still_runs_and_gradients_live_in_them(mon
         for p in sync.params.values():
             p.register_hook(taken.append)                   # called when its gradient is complete
         x, y = tokens_for(0, 0)
-        llama.loss(sync.run(0, x), y).backward()
+        llama.loss(sync.forward(0, x), y).backward()
         assert complete == sorted(complete) and complete[0] < len(sync.params) / 2
         count = len(complete)
         assert count == len(sync.buckets)
@@ -957,7 +957,7 @@ def test_messages_leave_while_backward_still_runs_and_gradients_live_in_them(mon
         grads = [run.param.grad for run in sync.runs]       # and the gradients lie in the messages
         assert len({g.untyped_storage().data_ptr() for g in grads}) == count
         with sync.no_sync():
-            llama.loss(sync.run(0, x), y).backward()
+            llama.loss(sync.forward(0, x), y).backward()
         assert len(complete) == count
 
 

@@ -272,7 +272,7 @@ def accumulate(sync, dataset, step, micro_steps, autocast):
             inputs = dataset.batch("train", step * micro_steps + micro, worker, sync.world)
             with nullcontext() if micro == micro_steps - 1 else sync.no_sync():
                 with autocast:
-                    loss = sync.run(worker, *(t.to(sync.device) for t in inputs)) / micro_steps
+                    loss = sync.forward(worker, *(t.to(sync.device) for t in inputs)) / micro_steps
                 loss.backward()
             total = total + loss.detach()
     sync.finish()                                                    # now gradients are averages
@@ -391,7 +391,7 @@ class DataParallel:
         nbytes = sum(p.numel() * (wire or p.dtype).itemsize for p in self.params)
         self.sent_bytes = 2 * (1 - 1 / self.world) * nbytes
 
-    def run(self, worker, *inputs):
+    def forward(self, worker, *inputs):
         return self.module(*inputs)
 
     def finish(self):

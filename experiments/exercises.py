@@ -186,7 +186,7 @@ def equal_to_dense(answer):
         simulation = sdp.Simulation(modules, masks, layout, value)
         for worker in range(4):
             batch = tokens[worker if batches == "own batches" else 0]
-            simulation.run(worker, batch, batch).backward()
+            simulation.forward(worker, batch, batch).backward()
             (dense(batch, batch) / 4).backward()
         simulation.finish()
         same = all(torch.allclose(p.grad, dense.get_parameter(name).grad, atol=1e-5)

@@ -2,7 +2,7 @@
 # Everything that needs a GPU, ordered by worth, each part done in under ten minutes.
 #
 #     bash experiments/gpu.sh [PART ...]        parts: quality bench bench-compiled kernels     [all, in this order]
-#     STEPS=3 MODELS=llama-tiny DATA=stdlib DEVICE=cpu bash experiments/gpu.sh       a trial on a machine without a GPU
+#     a trial without a GPU:  STEPS=3 MODELS=llama-tiny DATA=stdlib DEVICE=cpu DTYPE=fp32 bash experiments/gpu.sh
 #
 # quality needs text tokenised beforehand:  python data.py text FILE... --encoding gpt2 --out datasets/gpu
 set -euo pipefail
@@ -13,6 +13,7 @@ MODELS=${MODELS:-llama-134m llama-500m llama-1b}
 FIRST=${MODELS%% *}
 DATA=${DATA:-datasets/gpu_train.bin}
 DEVICE=${DEVICE:-cuda}
+DTYPE=${DTYPE:-bf16}             # on a CPU bf16 can take minutes a step
 mkdir -p "$OUT"
 
 run() { # a name for the log, and the command; a part that fails does not end the others
@@ -22,8 +23,8 @@ run() { # a name for the log, and the command; a part that fails does not end th
 
 for part in ${*:-quality bench bench-compiled kernels}; do
     case $part in
-    quality)        # eight workers simulated in one process, bfloat16, FLOP-matched
-        common=(--model "$FIRST" --data "$DATA" --subnets 8 --coverage 6/8 --dtype bf16 --steps "$STEPS"
+    quality)        # eight workers simulated in one process, FLOP-matched
+        common=(--model "$FIRST" --data "$DATA" --subnets 8 --coverage 6/8 --dtype "$DTYPE" --steps "$STEPS"
                 --eval-every 200 --device "$DEVICE" --overwrite)
         run quality-ddp python train.py "${common[@]}" --coverage 1 --out-dir "$OUT/ddp"
         run quality-neuron python train.py "${common[@]}" --level neuron --flop-match --out-dir "$OUT/neuron"
@@ -31,13 +32,13 @@ for part in ${*:-quality bench bench-compiled kernels}; do
         ;;
     bench)          # the workers with most to hold, one after another, without communication
         for model in $MODELS; do
-            run "bench-$model" python experiments/bench.py --model "$model" --data stdlib --subnets 8 --dtype bf16 \
+            run "bench-$model" python experiments/bench.py --model "$model" --data stdlib --subnets 8 --dtype "$DTYPE" \
                 --updates 6 --device "$DEVICE"
         done
         ;;
     bench-compiled)
         run "bench-compiled-$FIRST" python experiments/bench.py --model "$FIRST" --data stdlib --subnets 8 \
-            --dtype bf16 --updates 6 --compile --device "$DEVICE"
+            --dtype "$DTYPE" --updates 6 --compile --device "$DEVICE"
         ;;
     kernels)
         run kernels python experiments/kernels.py

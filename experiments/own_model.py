@@ -324,7 +324,7 @@ def train_sdp(steps, masks, backward, one_batch=False):
     for step in range(steps):
         mine = 0.0
         for worker in sync.workers:                                  # this process's: one, or all of them
-            loss = sync.run(worker, *batch(step, 0 if one_batch else worker))
+            loss = sync.forward(worker, *batch(step, 0 if one_batch else worker))
             loss.backward()
             mine += loss.item()
         sync.finish()

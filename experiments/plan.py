@@ -114,7 +114,7 @@ class Sharded:
         fully_shard(model, mesh=mesh, mp_policy=policy)
         self.runs = [sdp.Run(name, (0,), p.numel(), name, p) for name, p in model.named_parameters()]
 
-    def run(self, worker, *inputs):
+    def forward(self, worker, *inputs):
         return self.module(*inputs)
 
     def clip_grad_norm(self, max_norm, *scalars):

@@ -96,12 +96,17 @@ def rows():
                 out[f"backward-{level}-6"] = Row(level=level, held=6, backward=True)
     for factor in 2, 4, 8:
         out[f"ddp-batch-x{factor}"] = Row(batch=2 * factor)
+    for factor in 2, 4:
+        for level in "block", "neuron":
+            out[f"{level}-6-batch-x{factor}-flops"] = Row(level=level, held=6, flops=True, batch=2 * factor)
     block = Row(level="block", held=6, flops=True, lr_of="block-6-flops")
     changes = {"random": dict(draw="random"), "random-redraw-20": dict(draw="random", redraw=20),
                "random-redraw-1": dict(draw="random", redraw=1), "subnets-4": dict(subnets=4, held=3),
                "ends": dict(held=5, ends=True)}
     for name, change in changes.items():
         out[f"block-6-{name}-flops"] = Row(**{**asdict(block), **change})
+    neuron = Row(level="neuron", held=6, flops=True, lr_of="neuron-6-flops")
+    out["neuron-6-redraw-50-flops"] = replace(neuron, redraw=50)
     # 5 % of 250 updates are 12, too few: some seeds never recover
     out["ddp-warmup-5"] = Row(warmup=0.05)
     for level in "block", "neuron":
@@ -260,7 +265,7 @@ class Simulated:
     def update(self, batches):
         total = 0.0
         for worker, batch in enumerate(batches):
-            loss = self.sync.run(worker, *batch)
+            loss = self.sync.forward(worker, *batch)
             loss.backward()
             total += float(loss.detach())
         self.sync.finish()
@@ -343,6 +348,7 @@ def train(row, updates, seed, lr, dataset, report):
     if row.draw == "coin":                                           # as many as balanced ones on average
         flops = flops_of(row, masks_of(replace(row, draw="balanced"), branches, seed, 0))
     plain = rows()["resnet-ddp" if row.model == "resnet" else "ddp"]
+    plain = replace(plain, batch=row.batch)
     ddp_flops = flops_of(plain, everything(FAMILY[row.model].branches(config_of(plain))))
     steps = round(updates * ddp_flops / flops) if row.flops else updates
     if row.backward or row.model == "resnet":

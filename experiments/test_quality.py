@@ -46,7 +46,7 @@ def test_one_dense_pass_is_the_simulation(row):
     simulation = sdp.Simulation(modules, masks, layout, value, 8)
     total = 0.0
     for worker, batch in enumerate(batches):
-        loss = simulation.run(worker, *batch)
+        loss = simulation.forward(worker, *batch)
         loss.backward()
         total += float(loss.detach())
     simulation.finish()

@@ -49,7 +49,7 @@ def test_the_loss_in_chunks_is_the_loss_in_one(monkeypatch, level):
         sync = make_sync(TINY, masks_for(TINY, 2, 1, level), False, simulated=2)
         losses = []
         for worker in sync.workers:
-            loss = sync.run(worker, *tokens_for(0, worker))          # 18 tokens
+            loss = sync.forward(worker, *tokens_for(0, worker))          # 18 tokens
             loss.backward()
             losses.append(loss.item())
         sync.finish()
