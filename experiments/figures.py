@@ -20,8 +20,13 @@ sys.path.insert(0, str(HERE.parent))
 
 
 def step():
-    """One step of the method: four workers, what each holds, the averages, the holder sets."""
+    """One step of the method: four workers, what each holds in the README's first command, the averages."""
+    import model_llama as llama                                      # the other figures need no torch
+    import sdp
+
     n = 4
+    made = sdp.block_masks(llama.branches(llama.PRESETS["llama-tiny"]), n, 3)
+    of_block = [made[f"model.layers.{i}.mlp"][0].nonzero().flatten().tolist() for i in range(n)]
     rows = ["shared\nembedding, head", *(f"block {i}" for i in range(n))]
     colours = ["#757575", "#1b6ca8", "#c2571a", "#2f7d4f", "#7b4f9d"]
     fig, axis = plt.subplots(figsize=(10, 4.6))
@@ -30,9 +35,8 @@ def step():
         axis.text(x, 1.55, f"worker {worker}", ha="center", weight="bold")
         axis.text(x, 1.15, f"its own batch {worker}", ha="center", fontsize=9)
         axis.annotate("", (x, 0.5), (x, 1.05), arrowprops=dict(arrowstyle="->", color="#444444"))
-    for row, (label, colour) in enumerate(zip(rows, colours)):
+    for row, (label, colour, holders) in enumerate(zip(rows, colours, [list(range(n)), *of_block])):
         y = -row
-        holders = [worker for worker in range(n) if worker != row - 1]       # worker i skips block i
         axis.text(-0.75, y, label, ha="right", va="center")
         axis.plot([1.25 * holders[0], 5.3], [y, y], color=colour, linewidth=2.5, zorder=1)
         for worker in range(n):
@@ -93,7 +97,7 @@ def runs(folders, path="runs.png"):
 
 def masks():
     """Who holds what: 6 blocks, 8 subnetworks, coverage 5/8, at both levels."""
-    import model_llama as llama                                      # the other figures need no torch
+    import model_llama as llama
     import sdp
 
     config = llama.LlamaConfig(num_hidden_layers=6, intermediate_size=64)
