@@ -231,12 +231,6 @@ def cifar(name, train):
     return torch.from_numpy(images.data).permute(0, 3, 1, 2), torch.tensor(images.targets)
 
 
-def download_images(name):
-    """Puts CIFAR into FOLDER unless it is there; the shapes are drawn."""
-    if name.startswith("cifar"):
-        cifar(name, True)
-
-
 def shapes(count, rng):
     """SYNTHETIC: drawings of ten bright shapes on dark ground; size, place, angle, colours vary, with noise.
 

@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from fractions import Fraction
@@ -137,14 +137,11 @@ def coverage_to_held(text, n_subnets):
     """k of a coverage k/S given as a number or a fraction."""
     if text is None:
         return math.ceil(Fraction(3, 4) * n_subnets)
-    try:
-        k = Fraction(text) * n_subnets
-    except (ValueError, ZeroDivisionError):
-        k = Fraction(0)
-    held = round(k)
-    if not 1 <= held <= n_subnets or abs(k - held) > Fraction(1, 1000):  # 0.33 is not 1/3, but 0.3333 is
-        raise UserError(f"--coverage {text} is none of k/{n_subnets}, with k from 1 to {n_subnets}")
-    return held
+    for held in range(1, n_subnets + 1):
+        with suppress(ValueError, ZeroDivisionError):
+            if abs(Fraction(text) * n_subnets - held) < Fraction(1, 1000):  # 0.33 is not 1/3, but 0.3333 is
+                return held
+    raise UserError(f"--coverage {text} is none of k/{n_subnets}, with k from 1 to {n_subnets}")
 
 
 def settle(args, saved):
@@ -181,35 +178,32 @@ def train(args, device):
     """Set-up, loop, evaluations, checkpoints."""
     # Data, model, and masks: which of the S subnetworks holds which neuron
     out_dir = Path(args.out_dir)
-    checkpoint, checksum = open_checkpoint(out_dir) if args.resume else (None, None)
-    saved = checkpoint["config"] if checkpoint else {}
+    checkpoint = open_checkpoint(out_dir) if args.resume else {}
+    saved = checkpoint.get("config", {})
     settle(args, saved)
     dataset, config = load_data(args, device)
     design = Design(args, config)
-    start, updates = check(checkpoint, design, dataset) if checkpoint else (0, 0)
+    full = design.full_model()                                       # without weights: evaluation streams it
+    start, updates = check(checkpoint, design, full, dataset) if checkpoint else (0, 0)
     files = [module.__file__ for module in (sys.modules[__name__], sdp, data, llama, resnet)]
     code = b"".join(Path(file).read_bytes() for file in files)
     agree({**vars(args), "version of torch": torch.__version__, "code": hashlib.sha256(code).hexdigest(),
-           "checkpoint": checksum, "contents of --data": dataset.digest, "masks": digest(design.masks)})
-    first_rank_first(partial(claim, args, start))
+           "checkpoint": checkpoint.get("checksum"), "contents of --data": dataset.digest,
+           "masks": data.fingerprint(mask.numpy() for mask in design.masks.values())})
+    first_rank_first(claim, args, start)
     describe(design, dataset, saved, device)
     batch = dataset.batch("train", 0, 0, 1)                          # for its shape
-    flops, ddp_flops = measure_workers(design, batch)                # of one micro-step
-    steps = round(args.steps * ddp_flops / flops) if args.flop_match else args.steps
+    flops, full_flops = measure_workers(design, full, batch)         # of one micro-step
+    steps = round(args.steps * full_flops / flops) if args.flop_match else args.steps
     if start >= steps:
         say(f"nothing to do: the checkpoint in {out_dir} is of step {start}, and the run has {steps} steps")
         return
 
     # This process's worker (without torchrun all of them), and the optimizer of what it trains
-    sync = build(design, device, checkpoint)
-    optimizer = design.family.optimizer(sync.runs, design.layout, args.lr)
-    if checkpoint:
-        restore(optimizer, sync, checkpoint["optimizer"])
-    full = design.full_model()                                       # without weights: evaluation streams it
+    sync, optimizer = build(design, device, checkpoint)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     flops_done = saved.get("flops", 0)
-    skipped = start - updates                                        # updates that were not finite
-    in_a_row = 0                                                     # of them, the last ones
+    lost = 0                                                         # the last so many updates
     started = time.perf_counter()
     watch_signals()
 
@@ -226,13 +220,12 @@ def train(args, device):
         if math.isfinite(norm) and math.isfinite(loss):              # alike on all ranks
             optimizer.step()
             updates += 1
-            in_a_row = 0
+            lost = 0
         else:
-            skipped += 1
-            in_a_row += 1
-            if in_a_row == 10:                                       # before a dead model is saved twice
-                raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {now}: "
-                                f"go on from the last checkpoint with --resume and a smaller --lr")
+            lost += 1
+        if lost == 10:                                               # before a dead model is saved twice
+            raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {now}: "
+                            f"go on from the last checkpoint with --resume and a smaller --lr")
         optimizer.zero_grad()
         sync.refresh()                                               # backward masking: new frozen weights
         flops_done += flops * args.grad_accum
@@ -247,18 +240,19 @@ def train(args, device):
             sent_bytes, peak = largest_of_ranks(sync)
             line = {"step": now, "loss": loss, "lr": lr, "grad_norm": norm, "step_ms": ms,
                     f"{dataset.unit}_per_s": speed, "sent_bytes": sent_bytes, "peak_mem_bytes": peak,
-                    "flops": flops_done, "skipped": skipped}
+                    "flops": flops_done, "skipped": now - updates}
             left = (time.perf_counter() - started) / (now - start) * (steps - now)
             say(f"step {now:5}/{steps}  loss {loss:.4f}  {ms:6.0f} ms/step  {speed:8.0f} {dataset.unit}/s  "
                 f"{left / 60:5.1f} min left")
             if evaluates:
                 line |= evaluate(sync, full, dataset, design.family.module.loss, autocast)
-            first_rank_first(partial(log, out_dir / "metrics.jsonl", line))
+            first_rank_first(log, out_dir / "metrics.jsonl", line)
         if saves:
+            state = gather(sync, optimizer, design.family.moments, updates, statistics)
             config = {**vars(args), **asdict(design.config), "mask_seed": design.mask_seed,
                       "data_digest": dataset.digest, "flops": flops_done}
-            facts = {"step": now, "config": config, "masks": design.masks}
-            save_checkpoint(out_dir, facts, sync, optimizer, design.family.moments, updates, statistics)
+            checkpoint = {**state, "step": now, "config": config, "masks": design.masks}
+            first_rank_first(write_checkpoint, checkpoint, out_dir / "ckpt.pt")
         if stops and not end:
             say(f"told to stop: saved after step {now}; the same command with --resume goes on from there")
             return
@@ -292,7 +286,8 @@ def learning_rate(step, steps, peak, last):
 
 def load_data(args, device):
     """-> the data set, and the model's sizes made to fit it."""
-    first_rank_first(partial(data.download_images, args.data))
+    if args.data.startswith("cifar"):
+        first_rank_first(data.cifar, args.data, True)                # fetches it, where it is not there yet
     dataset = data.load(args.data, args.batch_size, args.seq_len, args.seed, device)
     family = FAMILIES[args.model]
     return dataset, replace(family.module.PRESETS[args.model], **{family.size: getattr(dataset, family.size)})
@@ -314,9 +309,10 @@ class Design:
         held = coverage_to_held(self.args.coverage, self.args.subnets)
         return sdp.MASKS[self.args.level](self.branches, self.args.subnets, held, seed)
 
-    def keep_masks(self, seed, masks):
+    def keep_masks(self, seed, saved):
         """Takes a checkpoint's masks if, with their seed, today's flags and mask function make the same."""
-        if digest(self.make_masks(seed)) == digest(masks):
+        masks = self.make_masks(seed)
+        if kinds(masks) == kinds(saved) and all(torch.equal(masks[name], saved[name]) for name in masks):
             say("the masks are the saved ones")
             self.mask_seed, self.masks = seed, masks
         else:
@@ -324,7 +320,9 @@ class Design:
 
     def full_model(self):
         with torch.device("meta"):                                   # shapes without memory
-            return self.family.Model(self.config)
+            full = self.family.Model(self.config).eval()
+        full.checkpoint_activations = self.args.checkpoint_activations
+        return full
 
     def model(self, subnet):
         """The model that a worker with this subnetwork trains, on the meta device."""
@@ -353,17 +351,23 @@ class Design:
 
 
 def build(design, device, checkpoint):
-    """This process's worker, or without torchrun all of them, with the checkpoint's weights or new ones."""
+    """-> this process's worker, or without torchrun all of them, and the optimizer of what it trains."""
     value = checkpoint["model"].__getitem__ if checkpoint else design.initial()
-    if not DISTRIBUTED:
+    if DISTRIBUTED:
+        subnet = RANK % design.n_subnets
+        module = sdp.materialize(design.model(subnet), design.masks, design.layout, subnet, value, device)
+        sync = design.wrap(module)
+        if design.args.compile:
+            compile_blocks(module)
+    else:
         modules = [design.model(subnet) for subnet in range(design.n_subnets)]
-        return sdp.Simulation(modules, design.masks, design.layout, value, design.args.subnets, device)
-    subnet = RANK % design.n_subnets
-    module = sdp.materialize(design.model(subnet), design.masks, design.layout, subnet, value, device)
-    sync = design.wrap(module)
-    if design.args.compile:
-        compile_blocks(module)
-    return sync
+        sync = sdp.Simulation(modules, design.masks, design.layout, value, design.args.subnets, device)
+    optimizer = design.family.optimizer(sync.runs, design.layout, design.args.lr)
+    for run in sync.runs if checkpoint else ():
+        for key, x in checkpoint["optimizer"][run.name].items():
+            part = sync.part_of(x, run) if torch.is_tensor(x) else torch.tensor(float(x))
+            optimizer.state[run.param][key] = part.to(sync.device, copy=True)
+    return sync, optimizer
 
 
 def compile_blocks(model):
@@ -437,11 +441,8 @@ def describe(design, dataset, saved, device):
 
 
 def describe_masks(design):
-    say(sdp.picture(design.masks, design.branches))
-    loads = zip(sdp.loads(design.masks, design.branches).max(0), ("bytes", "FLOPs", "activations"))
     gap, _ = sdp.spectral_gap(*sdp.rows_of(design.masks))
-    largest = ", ".join(f"{load:.2f} {kind}" for load, kind in loads)
-    say(f"\n  largest load / mean: {largest}; spectral gap {gap:.2f}")
+    say(f"{sdp.picture(design.masks, design.branches)}\n\n  spectral gap {gap:.2f}")
     for warning in sdp.check_masks(design.masks, design.branches):
         say(f"warning: {warning}")
 
@@ -453,10 +454,9 @@ def measure_flops(model, batch):
     return counter.get_total_flops()
 
 
-def measure_workers(design, batch):
+def measure_workers(design, full, batch):
     """Prints what a worker has beside one of DDP.  -> FLOPs of a micro-step: the workers' mean, and DDP's"""
-    ddp = Design(argparse.Namespace(**{**vars(design.args), "parallel": "ddp"}), design.config).model(0)
-    models = [ddp, *(design.model(subnet) for subnet in range(design.n_subnets))]
+    models = [full, *(design.model(subnet) for subnet in range(design.n_subnets))]
     weights = [sum(p.nbytes for p in model.parameters()) for model in models]
     trained = [sum(p.nbytes for p in model.parameters() if p.requires_grad) for model in models]
     flops = [measure_flops(model, batch) for model in models]
@@ -535,8 +535,8 @@ def largest_of_ranks(sync):
 
 def sample(args, count=200):
     """Prints text of a checkpoint's full model: an ordinary Llama, no trace of subnetworks is left in it."""
-    checkpoint, _ = open_checkpoint(Path(args.out_dir)) if args.resume else (None, None)
-    if checkpoint is None:
+    checkpoint = open_checkpoint(Path(args.out_dir)) if args.resume else {}
+    if not checkpoint:
         raise UserError(f"--sample needs --resume and a checkpoint in --out-dir {args.out_dir}")
     saved = checkpoint["config"]
     if FAMILIES[saved["model"]] is not TEXT:
@@ -553,8 +553,8 @@ def sample(args, count=200):
 
 # -- The out-dir, and checkpoints: always of the full model, so that any workers can go on with any -
 
-def claim(args, step):
-    """Rank 0 takes the out-dir for a run that begins at `step`."""
+def claim(args, start):
+    """Rank 0 takes the out-dir for a run that begins after step `start`."""
     global LOCK
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -570,17 +570,12 @@ def claim(args, step):
                         f"another --out-dir leaves it alone")
     for file in old if args.overwrite else []:
         file.unlink()
-    lines = metrics.read_bytes().splitlines(True) if metrics.exists() else []
-    part.write_bytes(b"".join(line for line in lines if is_done(line, step)))
+    with open(part, "wb") as f:
+        for line in metrics.read_bytes().splitlines(True) if metrics.exists() else []:
+            with suppress(ValueError, KeyError, TypeError):          # a crash leaves bytes of any kind
+                if json.loads(line)["step"] <= start:                # later steps are done again
+                    f.write(line)
     os.replace(part, metrics)
-
-
-def is_done(line, step):
-    """Is this line of metrics.jsonl of a step that is not done again?  A crash leaves bytes of any kind."""
-    try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 def log(path, line):
@@ -589,32 +584,30 @@ def log(path, line):
         f.write(json.dumps(finite) + "\n")                           # JSON knows no NaN
 
 
-def save_checkpoint(out_dir, facts, sync, optimizer, moments, updates, statistics):
-    """Gathers model and optimizer state, one parameter at a time, and writes ckpt.pt.  The old one stays.
+def gather(sync, optimizer, moments, updates, statistics):
+    """-> {"model", "optimizer"} of a checkpoint on rank 0.  Collective, one full tensor at a time.
 
-    facts: the rest of the checkpoint.  moments: names in the optimizer's state.  updates: how often it has
-    stepped; before the first time its moments are zeros.  statistics: of batch norms, {name: tensor}.
+    moments: names in the optimizer's state.  updates: how often it has stepped; before the first time its
+    moments are zeros.  statistics: of batch norms, {name: tensor}.
     """
-    def gather(tensors=None):
-        return {name: t.cpu().clone() if RANK == 0 else None for name, t in sync.gather(tensors)}
+    def full(tensors=None):
+        return {name: t.cpu().clone() for name, t in sync.gather(tensors) if RANK == 0}
 
-    def moment(key):
-        return [optimizer.state[run.param].get(key, torch.zeros_like(run.param)) for run in sync.runs]
-
-    gathered = {key: gather(moment(key)) for key in moments}
-    model = gather()
-
-    def write():
-        state = {name: {"step": updates, **{key: gathered[key][name] for key in moments}} for name in model}
-        model.update({name: b.cpu() for name, b in statistics.items()})
-        if not all(t.isfinite().all() for tensors in (model, *gathered.values()) for t in tensors.values()):
-            raise UserError("weights are not finite any more, so not saved: --resume with a smaller --lr")
-        write_checkpoint({"model": model, "optimizer": state, **facts}, out_dir / "ckpt.pt")
-    first_rank_first(write)
+    model = full()
+    state = {name: {"step": updates} for name in model}
+    for key in moments:
+        parts = [optimizer.state[run.param].get(key, torch.zeros_like(run.param)) for run in sync.runs]
+        for name, moment in full(parts).items():
+            state[name][key] = moment
+    model.update({name: b.cpu() for name, b in statistics.items()})
+    return {"model": model, "optimizer": state}
 
 
 def write_checkpoint(checkpoint, path):
     """Only a whole file on the disk gets the name `path`; the one that had it is ckpt.prev.pt then."""
+    for tensors in checkpoint["model"], *checkpoint["optimizer"].values():
+        if not all(torch.as_tensor(x).isfinite().all() for x in tensors.values()):
+            raise UserError("weights are not finite any more, so not saved: --resume with a smaller --lr")
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as f:
@@ -635,7 +628,7 @@ def write_checkpoint(checkpoint, path):
 
 
 def open_checkpoint(out_dir):
-    """-> the newest undamaged checkpoint and a checksum of it, or (None, None) if there is none.
+    """-> the newest undamaged checkpoint, with a checksum, or {} if there is none.
 
     Its tensors are mapped: a rank reads only what it cuts.
     """
@@ -659,10 +652,10 @@ def open_checkpoint(out_dir):
             raise UserError(f"{path} is not a checkpoint of this program: move it, or change --out-dir")
         if path != paths[0]:
             say(f"warning: {paths[0]} is damaged, going on from {path}")
-        return checkpoint, str([file.CRC for file in archive.infolist()])
+        return {**checkpoint, "checksum": [file.CRC for file in archive.infolist()]}
     if paths:
         raise UserError(f"{paths[0]} is damaged and no other is there: start again with --overwrite")
-    return None, None
+    return {}
 
 
 def kinds(x):
@@ -672,9 +665,8 @@ def kinds(x):
     return (x.shape, x.dtype) if torch.is_tensor(x) else type(x)
 
 
-def check(checkpoint, design, dataset):
+def check(checkpoint, design, full, dataset):
     """-> steps and updates done.  Raises UserError unless the checkpoint fits model, data, and itself."""
-    full = design.full_model()
     keys = design.family.moments
     state = {name: {"step": 0, **dict.fromkeys(keys, p)} for name, p in full.named_parameters()}
     for part, wanted in {"model": full.state_dict(), "optimizer": state, "step": 0}.items():
@@ -685,16 +677,8 @@ def check(checkpoint, design, dataset):
         raise UserError(f"the checkpoint has step {step} and {sorted(updates)[:3]} updates, which cannot be")
     if checkpoint["config"]["data_digest"] != dataset.digest:
         raise UserError(f"--data {design.args.data} contradicts the checkpoint, which has seen other data")
-    design.keep_masks(checkpoint["config"]["mask_seed"], checkpoint.get("masks", {}))
+    design.keep_masks(checkpoint["config"]["mask_seed"], checkpoint.get("masks"))
     return step, min(updates)
-
-
-def restore(optimizer, sync, saved):
-    """Cuts this worker's part out of the saved optimizer state."""
-    for run in sync.runs:
-        for key, value in saved[run.name].items():
-            part = sync.part_of(value, run) if torch.is_tensor(value) else torch.tensor(float(value))
-            optimizer.state[run.param][key] = part.to(sync.device, copy=True)
 
 
 # -- The processes ---------------------------------------------------------------------------------
@@ -760,11 +744,6 @@ def start_processes(wanted, timeout):
     return device
 
 
-def digest(masks):
-    parts = [f"{name}{list(mask.shape)}".encode() + mask.numpy().tobytes() for name, mask in masks.items()]
-    return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
 def agree(mine):
     """Refuses to start unless all ranks have the same {name: value}."""
     ranks = [mine] * WORLD
@@ -776,12 +755,12 @@ def agree(mine):
                 raise UserError(f"rank {rank} was started with another {name} than rank 0")
 
 
-def first_rank_first(work):
-    """Runs work() on rank 0 alone, while the others wait without a limit.  Its error is everybody's."""
+def first_rank_first(work, *arguments):
+    """Calls work on rank 0 alone, while the others wait without a limit.  Its error is everybody's."""
     error = None
     if RANK == 0:
         try:
-            work()
+            work(*arguments)
         except (UserError, OSError) as e:
             error = str(e)
     if DISTRIBUTED:

@@ -543,7 +543,7 @@ def cifar_archive(hub, name, monkeypatch, per_file=6):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_is_downloaded_once_and_read_through_torchvision(hub, monkeypatch, name):
     first, key = cifar_archive(hub, name, monkeypatch)
-    data.download_images(name)
+    data.cifar(name, True)
     requests = len(hub.requests)
     dataset = data.load(name, 4, None, 0)
     assert len(hub.requests) == requests > 0
@@ -560,12 +560,12 @@ def test_bad_cifar_is_one_clear_line_and_does_no_harm(hub, monkeypatch):
     whole = hub.body
     hub.body = whole[:1000] + b"x" + whole[1001:]
     with pytest.raises(data.UserError, match="cannot fetch cifar10 .*--data shapes needs no network"):
-        data.download_images("cifar10")
+        data.cifar("cifar10", True)
     hub.drip = "body"
     with monkeypatch.context() as patch:
         hurry(patch)
         with pytest.raises(data.UserError, match="fetching cifar10 took more than"):
-            data.download_images("cifar10")
+            data.cifar("cifar10", True)
     hub.body, hub.drip = whole, ""
     assert len(data.load("cifar10", 4, None, 0).splits["train"][1]) == 30
 

@@ -957,7 +957,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
         raw[: len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1 :],
     ):
         path.write_bytes(damaged)
-        assert train.open_checkpoint(tmp_path / "out")[0]["step"] == 3
+        assert train.open_checkpoint(tmp_path / "out")["step"] == 3
         assert "is damaged, going on from" in capsys.readouterr().out
 
 
@@ -976,7 +976,7 @@ def test_random_damage_is_always_noticed(tmp_path):
             ] ^= 1 << rng.integers(8)
         path.write_bytes(broken)
         try:  # a flip in a comment or time stamp does no harm
-            found, _ = train.open_checkpoint(tmp_path / "out")
+            found = train.open_checkpoint(tmp_path / "out")
             assert all(torch.equal(w, found["model"][n]) for n, w in whole.items())
         except data.UserError as e:
             assert "is damaged" in str(e)
