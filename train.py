@@ -181,7 +181,7 @@ def train(args, device):
     checkpoint = open_checkpoint(out_dir) if args.resume else {}
     saved = checkpoint.get("config", {})
     settle(args, saved)
-    dataset, config = load_data(args, device)
+    dataset, config = load_data(args)
     design = Design(args, config)
     full = design.full_model()                                       # without weights: evaluation streams it
     start, updates = check(checkpoint, design, full, dataset) if checkpoint else (0, 0)
@@ -248,11 +248,10 @@ def train(args, device):
                 line |= evaluate(sync, full, dataset, design.family.module.loss, autocast)
             first_rank_first(log, out_dir / "metrics.jsonl", line)
         if saves:
-            state = gather(sync, optimizer, design.family.moments, updates, statistics)
             config = {**vars(args), **asdict(design.config), "mask_seed": design.mask_seed,
                       "data_digest": dataset.digest, "flops": flops_done}
-            checkpoint = {**state, "step": now, "config": config, "masks": design.masks}
-            first_rank_first(write_checkpoint, checkpoint, out_dir / "ckpt.pt")
+            facts = {"step": now, "config": config, "masks": design.masks}
+            save_checkpoint(out_dir, facts, sync, optimizer, design.family.moments, updates, statistics)
         if stops and not end:
             say(f"told to stop: saved after step {now}; the same command with --resume goes on from there")
             return
@@ -284,11 +283,11 @@ def learning_rate(step, steps, peak, last):
 
 # -- From flags to workers -------------------------------------------------------------------------
 
-def load_data(args, device):
+def load_data(args):
     """-> the data set, and the model's sizes made to fit it."""
     if args.data.startswith("cifar"):
         first_rank_first(data.cifar, args.data, True)                # fetches it, where it is not there yet
-    dataset = data.load(args.data, args.batch_size, args.seq_len, args.seed, device)
+    dataset = data.load(args.data, args.batch_size, args.seq_len, args.seed)
     family = FAMILIES[args.model]
     return dataset, replace(family.module.PRESETS[args.model], **{family.size: getattr(dataset, family.size)})
 
@@ -511,8 +510,9 @@ def estimate_statistics(sync, full, dataset, autocast):
 def evaluate(sync, full, dataset, loss_of, autocast):
     """Says and returns val_loss of the full model, in nats per token or image, and val_acc."""
     sums = torch.zeros(3, dtype=torch.float64, device=sync.device)   # losses, right answers, all answers
+    steps = math.ceil(dataset.val_count / (dataset.batch_size * sync.world))
     with autocast:
-        for outputs, y in run_full_model(sync, full, dataset, "val", dataset.val_steps(sync.world)):
+        for outputs, y in run_full_model(sync, full, dataset, "val", steps):
             sums[0] += loss_of(outputs, y) * y.numel()
             sums[1] += (outputs.argmax(-1) == y).sum()
             sums[2] += y.numel()
@@ -584,11 +584,11 @@ def log(path, line):
         f.write(json.dumps(finite) + "\n")                           # JSON knows no NaN
 
 
-def gather(sync, optimizer, moments, updates, statistics):
-    """-> {"model", "optimizer"} of a checkpoint on rank 0.  Collective, one full tensor at a time.
+def save_checkpoint(out_dir, facts, sync, optimizer, moments, updates, statistics):
+    """Gathers model and optimizer state, one parameter at a time, and writes ckpt.pt.
 
-    moments: names in the optimizer's state.  updates: how often it has stepped; before the first time its
-    moments are zeros.  statistics: of batch norms, {name: tensor}.
+    facts: the rest of the checkpoint.  moments: names in the optimizer's state.  updates: how often it has
+    stepped; before the first time its moments are zeros.  statistics: of batch norms, {name: tensor}.
     """
     def full(tensors=None):
         return {name: t.cpu().clone() for name, t in sync.gather(tensors) if RANK == 0}
@@ -600,7 +600,7 @@ def gather(sync, optimizer, moments, updates, statistics):
         for name, moment in full(parts).items():
             state[name][key] = moment
     model.update({name: b.cpu() for name, b in statistics.items()})
-    return {"model": model, "optimizer": state}
+    first_rank_first(write_checkpoint, {"model": model, "optimizer": state, **facts}, out_dir / "ckpt.pt")
 
 
 def write_checkpoint(checkpoint, path):
@@ -713,10 +713,10 @@ def watch_signals():
 def pick_device(wanted):
     """This rank's device, and the backend: NCCL where each rank has a GPU of its own, otherwise gloo."""
     gpus = torch.cuda.device_count()
-    if wanted == "cpu" or not (wanted or gpus):
-        return torch.device("cpu"), "gloo"
-    if not gpus:
+    if wanted == "cuda" and not gpus:
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
+    if wanted == "cpu" or not gpus:
+        return torch.device("cpu"), "gloo"
     index = int(os.environ["LOCAL_RANK"]) % gpus if DISTRIBUTED else 0
     torch.cuda.set_device(index)
     own = DISTRIBUTED and int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus
