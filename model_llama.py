@@ -169,9 +169,9 @@ class Layer(nn.Module):
     def __init__(self, c, held, rest, scales):
         super().__init__()
         self.config, self.scales = c, scales
-        self.input_layernorm = rms_norm(c) if held[0] + rest[0] else None
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps) if held[0] + rest[0] else None
         self.self_attn = Attention(c, held[0]) if held[0] else None
-        self.post_attention_layernorm = rms_norm(c) if held[1] + rest[1] else None
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps) if held[1] + rest[1] else None
         self.mlp = MLP(c, held[1]) if held[1] else None
         self.rest = nn.Module()
         self.rest.self_attn = Attention(c, rest[0]) if rest[0] else None
@@ -188,10 +188,6 @@ class Layer(nn.Module):
             for part in filter(None, (self.mlp, self.rest.mlp)):
                 x = torch.add(x, part(normed), alpha=self.scales[1])
         return x
-
-
-def rms_norm(c):
-    return nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
 
 
 class Llama(nn.Module):
@@ -217,7 +213,7 @@ class Llama(nn.Module):
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
             "layers": layers,
-            "norm": rms_norm(c),
+            "norm": nn.RMSNorm(c.hidden_size, c.rms_norm_eps),
         })
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 

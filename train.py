@@ -104,10 +104,8 @@ def shared_flags(description):
     p.add_argument("--grad-accum", type=positive, default=1, help="micro-steps per update [%(default)s]")
     p.add_argument("--device", choices=["cpu", "cuda"], help="[cuda where there is one]")
     p.add_argument("--timeout", type=positive, default=600, help="seconds to wait for others [%(default)s]")
-    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32",
-                   help="of matrix products, by autocast [%(default)s]")
-    p.add_argument("--reduce-dtype", choices=["fp32", "bf16"], default="fp32",
-                   help="of gradients in messages [%(default)s]")
+    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of matrix products [fp32]")
+    p.add_argument("--reduce-dtype", choices=["fp32", "bf16"], default="fp32", help="of messages [fp32]")
     p.add_argument("--compile", action="store_true", help="torch.compile of each block and bucket")
     p.add_argument("--checkpoint-activations", action="store_true", help="compute blocks twice, keep less")
     return p
@@ -183,7 +181,7 @@ def train(args, device):
     settle(args, saved)
     dataset, config = load_data(args)
     design = Design(args, config)
-    full = design.full_model()                                       # without weights: evaluation streams it
+    full = design.full_model()
     start, updates = check(checkpoint, design, full, dataset) if checkpoint else (0, 0)
     files = [module.__file__ for module in (sys.modules[__name__], sdp, data, llama, resnet)]
     code = b"".join(Path(file).read_bytes() for file in files)
@@ -318,6 +316,7 @@ class Design:
             say("new masks: today's flags or mask function do not make the saved ones")
 
     def full_model(self):
+        """Without weights: evaluation streams them through it."""
         with torch.device("meta"):                                   # shapes without memory
             full = self.family.Model(self.config).eval()
         full.checkpoint_activations = self.args.checkpoint_activations
@@ -579,9 +578,9 @@ def claim(args, start):
 
 
 def log(path, line):
-    finite = {name: x if x is not None and math.isfinite(x) else None for name, x in line.items()}
+    line = {name: None if x is None or not math.isfinite(x) else x for name, x in line.items()}
     with open(path, "a") as f:
-        f.write(json.dumps(finite) + "\n")                           # JSON knows no NaN
+        f.write(json.dumps(line) + "\n")                             # JSON knows no NaN
 
 
 def save_checkpoint(out_dir, facts, sync, optimizer, moments, updates, statistics):
@@ -773,12 +772,11 @@ def first_rank_first(work, *arguments):
 
 def main(argv=None):
     args = parse(argv)
-    if args.sample is not None:
-        if RANK == 0:
-            sample(args)
-        return
-    train(args, start_processes(args.device, args.timeout))
-    if DISTRIBUTED:
+    if args.sample is None:
+        train(args, start_processes(args.device, args.timeout))
+    elif RANK == 0:
+        sample(args)
+    if dist.is_initialized():
         dist.barrier()                                               # or gloo fails whoever still connects
         dist.destroy_process_group()
 
