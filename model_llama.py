@@ -12,6 +12,7 @@ have the names and the shapes of `transformers.LlamaForCausalLM`.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -169,9 +170,10 @@ class Layer(nn.Module):
     def __init__(self, c, held, rest, scales):
         super().__init__()
         self.config, self.scales = c, scales
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps) if held[0] + rest[0] else None
+        norm = partial(nn.RMSNorm, c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = norm() if held[0] + rest[0] else None
         self.self_attn = Attention(c, held[0]) if held[0] else None
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps) if held[1] + rest[1] else None
+        self.post_attention_layernorm = norm() if held[1] + rest[1] else None
         self.mlp = MLP(c, held[1]) if held[1] else None
         self.rest = nn.Module()
         self.rest.self_attn = Attention(c, rest[0]) if rest[0] else None
