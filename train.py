@@ -168,6 +168,7 @@ def settle(args, saved):
     if DISTRIBUTED and WORLD % args.subnets:
         raise UserError(f"--subnets {args.subnets} does not divide the number of workers, {WORLD}")
     args.coverage = f"{coverage_to_held(args.coverage, args.subnets)}/{args.subnets}"
+    args.mask_seed = saved.get("mask_seed", args.seed)               # so a run keeps its masks
 
 
 # -- The run ---------------------------------------------------------------------------------------
@@ -246,8 +247,8 @@ def train(args, device):
                 line |= evaluate(sync, full, dataset, design.family.module.loss, autocast)
             first_rank_first(log, out_dir / "metrics.jsonl", line)
         if saves:
-            config = {**vars(args), **asdict(design.config), "mask_seed": design.mask_seed,
-                      "data_digest": dataset.digest, "flops": flops_done}
+            config = {**vars(args), **asdict(design.config), "data_digest": dataset.digest,
+                      "flops": flops_done}
             facts = {"step": now, "config": config, "masks": design.masks}
             save_checkpoint(out_dir, facts, sync, optimizer, design.family.moments, updates, statistics)
         if stops and not end:
@@ -297,23 +298,12 @@ class Design:
         self.args, self.config, self.family = args, config, FAMILIES[args.model]
         self.branches, self.layout = self.family.module.branches(config), self.family.module.layout(config)
         self.backward = args.masking == "backward"
-        self.mask_seed, self.masks = args.seed, self.make_masks(args.seed)
+        if args.parallel == "sdp":
+            held = coverage_to_held(args.coverage, args.subnets)
+            self.masks = sdp.MASKS[args.level](self.branches, args.subnets, held, args.mask_seed)
+        else:                                                        # one subnetwork, which holds everything
+            self.masks = {name: torch.ones(b[1], 1, dtype=torch.bool) for name, b in self.branches.items()}
         self.n_subnets = sdp.count_subnets(self.masks)
-
-    def make_masks(self, seed):
-        if self.args.parallel != "sdp":                              # one subnetwork, which holds everything
-            return {name: torch.ones(b[1], 1, dtype=torch.bool) for name, b in self.branches.items()}
-        held = coverage_to_held(self.args.coverage, self.args.subnets)
-        return sdp.MASKS[self.args.level](self.branches, self.args.subnets, held, seed)
-
-    def keep_masks(self, seed, saved):
-        """Takes a checkpoint's masks if, with their seed, today's flags and mask function make the same."""
-        masks = self.make_masks(seed)
-        if kinds(masks) == kinds(saved) and all(torch.equal(masks[name], saved[name]) for name in masks):
-            say("the masks are the saved ones")
-            self.mask_seed, self.masks = seed, masks
-        else:
-            say("new masks: today's flags or mask function do not make the saved ones")
 
     def full_model(self):
         """Without weights: evaluation streams them through it."""
@@ -469,11 +459,12 @@ def measure_workers(design, full, batch):
 
 # -- The full model, which no worker holds ---------------------------------------------------------
 
-def run_full_model(sync, full, dataset, split, steps):
-    """Yields (outputs, targets) of the full model, for the batches 0 to steps - 1 of every worker.
+def run_full_model(sync, full, dataset, split, count):
+    """Yields (outputs, targets) of the full model, for batches of at least `count` examples in all.
 
     As many batches go through it at a time as it has stages: it keeps no more activations than training does.
     """
+    steps = math.ceil(count / (dataset.batch_size * sync.world))
     which = [(i, worker) for i in range(steps) for worker in sync.workers]
     at_once = len(full.stages())
     for n in range(0, len(which), at_once):
@@ -492,10 +483,9 @@ def estimate_statistics(sync, full, dataset, autocast):
     norms = [module for module in full.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.to_empty(device=sync.device).reset_running_stats()
-    steps = math.ceil(STATISTICS_IMAGES / (dataset.batch_size * sync.world)) if norms else 0
     full.train()
     with autocast:
-        for _ in run_full_model(sync, full, dataset, "train", steps):
+        for _ in run_full_model(sync, full, dataset, "train", STATISTICS_IMAGES if norms else 0):
             pass
     full.eval()
     for b in full.buffers() if DISTRIBUTED else ():
@@ -509,9 +499,8 @@ def estimate_statistics(sync, full, dataset, autocast):
 def evaluate(sync, full, dataset, loss_of, autocast):
     """Says and returns val_loss of the full model, in nats per token or image, and val_acc."""
     sums = torch.zeros(3, dtype=torch.float64, device=sync.device)   # losses, right answers, all answers
-    steps = math.ceil(dataset.val_count / (dataset.batch_size * sync.world))
     with autocast:
-        for outputs, y in run_full_model(sync, full, dataset, "val", steps):
+        for outputs, y in run_full_model(sync, full, dataset, "val", dataset.val_count):
             sums[0] += loss_of(outputs, y) * y.numel()
             sums[1] += (outputs.argmax(-1) == y).sum()
             sums[2] += y.numel()
@@ -676,7 +665,11 @@ def check(checkpoint, design, full, dataset):
         raise UserError(f"the checkpoint has step {step} and {sorted(updates)[:3]} updates, which cannot be")
     if checkpoint["config"]["data_digest"] != dataset.digest:
         raise UserError(f"--data {design.args.data} contradicts the checkpoint, which has seen other data")
-    design.keep_masks(checkpoint["config"]["mask_seed"], checkpoint.get("masks"))
+    masks, saved = design.masks, checkpoint.get("masks")
+    if kinds(masks) == kinds(saved) and all(torch.equal(masks[name], saved[name]) for name in masks):
+        say("the masks are the saved ones")
+    else:
+        say("new masks: today's flags or mask function do not make the saved ones")
     return step, min(updates)
 
 
