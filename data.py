@@ -1,7 +1,8 @@
 """
 Data sets, each as `batch(split, step, worker, workers)`: a pure function of its arguments and the seed, so a
-run that was resumed gets the batches of one that was not.  Each also has `validation`, what it validates on,
-and `digest`, a fingerprint of its contents.  First tokens, then images, then fetching and tokenising:
+run that was resumed gets the batches of one that was not.  Each also has `val_count`, the number of sequences
+or images to validate on, `validation`, where they are from, and `digest`, a fingerprint of its contents.
+First tokens, then images, then fetching and tokenising:
 
     python data.py fineweb --shards 10                     fetch FineWeb, tokenised with GPT-2's vocabulary
     python data.py text a.txt b.txt --out datasets/mine    tokenise files: mine_train.bin and mine_val.bin
@@ -99,12 +100,8 @@ class Tokens:
                                 f"{need}: use a smaller --batch-size or --seq-len, or more text")
         self.splits, self.vocab_size, self.validation = splits, vocab_size, validation
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
-        self.val_count = min(VAL_SEQUENCES, (len(splits["val"][0]) - 1) // seq_len)
+        self.val_count = min(VAL_SEQUENCES, (len(splits["val"][0]) - 1) // seq_len)      # sequences
         self.digest = fingerprint(splits["train"] + splits["val"])
-
-    def val_steps(self, workers):
-        """Number of "val" batches of each worker; together they read every validation sequence once."""
-        return -(-self.val_count // (self.batch_size * workers))
 
     def batch(self, split, step, worker, workers):
         """-> inputs, targets: int64 [B, T].  train: random windows; val: this worker's share, maybe fewer."""
@@ -177,20 +174,16 @@ class Images:
 
     unit = "images"
 
-    def __init__(self, name, splits, batch_size, seed, device="cpu"):
+    def __init__(self, name, splits, batch_size, seed):
         self.num_classes, mean, std = IMAGES[name]
-        self.mean = torch.tensor(mean, device=device).view(3, 1, 1)
-        self.std = torch.tensor(std, device=device).view(3, 1, 1)
-        self.splits, self.batch_size, self.seed, self.device = splits, batch_size, seed, device
-        self.validation = f"the {len(splits['val'][1])} test images of {name}"
+        self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+        self.splits, self.batch_size, self.seed = splits, batch_size, seed
+        self.val_count = len(splits["val"][1])                       # images
+        self.validation = f"the {self.val_count} test images of {name}"
         self.digest = fingerprint(x.numpy() for split in splits for x in splits[split])
 
-    def val_steps(self, workers):
-        """Number of "val" batches of each worker; together they see every validation image once."""
-        return -(-len(self.splits["val"][1]) // (self.batch_size * workers))
-
     def batch(self, split, step, worker, workers):
-        """-> images float [B, 3, 32, 32], labels int64 [B], on the device.
+        """-> images float [B, 3, 32, 32], labels int64 [B].
 
         train: the workers walk through a permutation of all images together, then through another one; random
         shift and mirror image.  val: this worker's share, at the end fewer.
@@ -204,10 +197,10 @@ class Images:
             seeds = [seeded(self.seed, "epoch", e) for e in epoch.unique().tolist()]
             orders = torch.stack([torch.randperm(len(labels), generator=rng) for rng in seeds])
             which = orders[epoch - epoch[0], place % len(labels)]
-        x, y = images[which].to(self.device), labels[which].to(self.device)
+        x = images[which]
         if split == "train":
             x = shift_and_mirror(x, seeded(self.seed, "augment", step, worker, workers))
-        return (x / 255 - self.mean) / self.std, y
+        return (x / 255 - self.mean) / self.std, labels[which]
 
 
 def shift_and_mirror(x, rng):
@@ -217,7 +210,7 @@ def shift_and_mirror(x, rng):
     mirror = torch.rand(B, 1, 1, 1, generator=rng) < 0.5
     padded = F.pad(x, (4, 4, 4, 4))
     x = torch.stack([padded[i, :, down:down + H, right:right + W] for i, (down, right) in enumerate(shifts)])
-    return torch.where(mirror.to(x.device), x, x.flip(3))
+    return torch.where(mirror, x, x.flip(3))
 
 
 def cifar(name, train):
@@ -229,12 +222,6 @@ def cifar(name, train):
     except (OSError, RuntimeError) as e:
         raise UserError(f"cannot fetch {name} into {FOLDER} ({e}); --data shapes needs no network") from None
     return torch.from_numpy(images.data).permute(0, 3, 1, 2), torch.tensor(images.targets)
-
-
-def download_images(name):
-    """Puts CIFAR into FOLDER unless it is there; the shapes are drawn."""
-    if name.startswith("cifar"):
-        cifar(name, True)
 
 
 def shapes(count, rng):
@@ -271,7 +258,7 @@ def shapes(count, rng):
     return (image.clamp(0, 1) * 255).to(torch.uint8), labels
 
 
-def load(name, batch_size, seq_len, seed, device="cpu"):
+def load(name, batch_size, seq_len, seed):
     """The data set of --data: text (stdlib, fineweb, a .bin shard) or images (cifar10, cifar100, shapes)."""
     if name not in IMAGES:
         return load_text(name, batch_size, seq_len, seed)
@@ -279,7 +266,7 @@ def load(name, batch_size, seq_len, seed, device="cpu"):
         splits = {"train": shapes(10000, seeded(name, "train")), "val": shapes(2000, seeded(name, "val"))}
     else:
         splits = {"train": cifar(name, True), "val": cifar(name, False)}
-    return Images(name, splits, batch_size, seed, device)
+    return Images(name, splits, batch_size, seed)
 
 
 # Fetching and tokenising ---------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ have the names and the shapes of `transformers.LlamaForCausalLM`.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -72,10 +73,12 @@ def branches(c):
     return out
 
 
-# Parameter -> the dimension its neurons lie along: neuron n owns an equal run of rows (0) or columns (1)
-DIMS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 0, "up_proj": 0, "down_proj": 1}
-# The norm before a branch belongs to the branch as a whole
-NORM_OF = {"input_layernorm": "self_attn", "post_attention_layernorm": "mlp"}
+# Branch -> its weights, and the dimension their neurons lie along: each owns an equal run of rows (0) or of
+# columns (1).  The norm before a branch belongs to the branch as a whole (None)
+DIMS = {
+    "self_attn": {"input_layernorm": None, "q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1},
+    "mlp": {"post_attention_layernorm": None, "gate_proj": 0, "up_proj": 0, "down_proj": 1},
+}
 
 
 def layout(c):
@@ -87,13 +90,11 @@ def layout(c):
         full = Llama(c)
     out = {}
     for name, p in full.named_parameters():
-        path, _, module = name.removesuffix(".weight").rpartition(".")
-        if module in DIMS:
-            out[name] = path, DIMS[module], p.shape
-        elif module in NORM_OF:
-            out[name] = f"{path}.{NORM_OF[module]}", None, p.shape
-        else:
-            out[name] = None, None, p.shape
+        words = name.split(".")                                      # model.layers.0.mlp.up_proj.weight
+        out[name] = None, None, p.shape
+        for branch, dims in DIMS.items():
+            if words[-2] in dims:
+                out[name] = ".".join([*words[:3], branch]), dims[words[-2]], p.shape
     return out
 
 
@@ -101,11 +102,10 @@ def init(c, name, tensor, generator):
     """Fills one full parameter in place: norms with 1, the rest at random (GPT-2's rule)."""
     if "norm" in name:
         tensor.fill_(1.0)
-        return
-    std = 0.02
-    if "o_proj" in name or "down_proj" in name:
-        std /= (2 * c.num_hidden_layers) ** 0.5                      # so many branches add to the stream
-    tensor.normal_(0.0, std, generator=generator)
+    elif "o_proj" in name or "down_proj" in name:                    # so many branches add to the stream
+        tensor.normal_(0.0, 0.02 / (2 * c.num_hidden_layers) ** 0.5, generator=generator)
+    else:
+        tensor.normal_(0.0, 0.02, generator=generator)
 
 
 # -- The model.  B sequences, T tokens, d hidden_size, n held neurons, h head_dim, V vocabulary --------------
@@ -170,9 +170,10 @@ class Layer(nn.Module):
     def __init__(self, c, held, rest, scales):
         super().__init__()
         self.config, self.scales = c, scales
-        self.input_layernorm = rms_norm(c) if held[0] + rest[0] else None
+        norm = partial(nn.RMSNorm, c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = norm() if held[0] + rest[0] else None
         self.self_attn = Attention(c, held[0]) if held[0] else None
-        self.post_attention_layernorm = rms_norm(c) if held[1] + rest[1] else None
+        self.post_attention_layernorm = norm() if held[1] + rest[1] else None
         self.mlp = MLP(c, held[1]) if held[1] else None
         self.rest = nn.Module()
         self.rest.self_attn = Attention(c, rest[0]) if rest[0] else None
@@ -189,10 +190,6 @@ class Layer(nn.Module):
             for part in filter(None, (self.mlp, self.rest.mlp)):
                 x = torch.add(x, part(normed), alpha=self.scales[1])
         return x
-
-
-def rms_norm(c):
-    return nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
 
 
 class Llama(nn.Module):
@@ -218,7 +215,7 @@ class Llama(nn.Module):
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
             "layers": layers,
-            "norm": rms_norm(c),
+            "norm": nn.RMSNorm(c.hidden_size, c.rms_norm_eps),
         })
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 

@@ -71,11 +71,9 @@ def layout(c):
         full = ResNet(c)
     out = {}
     for name, p in full.named_parameters():
-        branch, module = name.rsplit(".", 2)[0], name.split(".")[-2]
-        if branch in blocks(c) and module in DIMS:
-            out[name] = branch, DIMS[module], p.shape
-        else:
-            out[name] = None, None, p.shape
+        words = name.split(".")                                      # layer1.0.conv1.weight
+        branch = ".".join(words[:-2])
+        out[name] = (branch, DIMS[words[-2]], p.shape) if branch in blocks(c) else (None, None, p.shape)
     return out
 
 

@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from fractions import Fraction
@@ -104,10 +104,8 @@ def shared_flags(description):
     p.add_argument("--grad-accum", type=positive, default=1, help="micro-steps per update [%(default)s]")
     p.add_argument("--device", choices=["cpu", "cuda"], help="[cuda where there is one]")
     p.add_argument("--timeout", type=positive, default=600, help="seconds to wait for others [%(default)s]")
-    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32",
-                   help="of matrix products, by autocast [%(default)s]")
-    p.add_argument("--reduce-dtype", choices=["fp32", "bf16"], default="fp32",
-                   help="of gradients in messages [%(default)s]")
+    p.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of matrix products [fp32]")
+    p.add_argument("--reduce-dtype", choices=["fp32", "bf16"], default="fp32", help="of messages [fp32]")
     p.add_argument("--compile", action="store_true", help="torch.compile of each block and bucket")
     p.add_argument("--checkpoint-activations", action="store_true", help="compute blocks twice, keep less")
     return p
@@ -137,14 +135,11 @@ def coverage_to_held(text, n_subnets):
     """k of a coverage k/S given as a number or a fraction."""
     if text is None:
         return math.ceil(Fraction(3, 4) * n_subnets)
-    try:
-        k = Fraction(text) * n_subnets
-    except (ValueError, ZeroDivisionError):
-        k = Fraction(0)
-    held = round(k)
-    if not 1 <= held <= n_subnets or abs(k - held) > Fraction(1, 1000):  # 0.33 is not 1/3, but 0.3333 is
-        raise UserError(f"--coverage {text} is none of k/{n_subnets}, with k from 1 to {n_subnets}")
-    return held
+    for held in range(1, n_subnets + 1):
+        with suppress(ValueError, ZeroDivisionError):
+            if abs(Fraction(text) * n_subnets - held) < Fraction(1, 1000):  # 0.33 is not 1/3, but 0.3333 is
+                return held
+    raise UserError(f"--coverage {text} is none of k/{n_subnets}, with k from 1 to {n_subnets}")
 
 
 def settle(args, saved):
@@ -173,6 +168,7 @@ def settle(args, saved):
     if DISTRIBUTED and WORLD % args.subnets:
         raise UserError(f"--subnets {args.subnets} does not divide the number of workers, {WORLD}")
     args.coverage = f"{coverage_to_held(args.coverage, args.subnets)}/{args.subnets}"
+    args.mask_seed = saved.get("mask_seed", args.seed)               # so a run keeps its masks
 
 
 # -- The run ---------------------------------------------------------------------------------------
@@ -181,35 +177,32 @@ def train(args, device):
     """Set-up, loop, evaluations, checkpoints."""
     # Data, model, and masks: which of the S subnetworks holds which neuron
     out_dir = Path(args.out_dir)
-    checkpoint, checksum = open_checkpoint(out_dir) if args.resume else (None, None)
-    saved = checkpoint["config"] if checkpoint else {}
+    checkpoint = open_checkpoint(out_dir) if args.resume else {}
+    saved = checkpoint.get("config", {})
     settle(args, saved)
-    dataset, config = load_data(args, device)
+    dataset, config = load_data(args)
     design = Design(args, config)
-    start, updates = check(checkpoint, design, dataset) if checkpoint else (0, 0)
+    full = design.full_model()
+    start, updates = check(checkpoint, design, full, dataset) if checkpoint else (0, 0)
     files = [module.__file__ for module in (sys.modules[__name__], sdp, data, llama, resnet)]
     code = b"".join(Path(file).read_bytes() for file in files)
     agree({**vars(args), "version of torch": torch.__version__, "code": hashlib.sha256(code).hexdigest(),
-           "checkpoint": checksum, "contents of --data": dataset.digest, "masks": digest(design.masks)})
-    first_rank_first(partial(claim, args, start))
+           "checkpoint": checkpoint.get("checksum"), "contents of --data": dataset.digest,
+           "masks": data.fingerprint(mask.numpy() for mask in design.masks.values())})
+    first_rank_first(claim, args, start)
     describe(design, dataset, saved, device)
     batch = dataset.batch("train", 0, 0, 1)                          # for its shape
-    flops, ddp_flops = measure_workers(design, batch)                # of one micro-step
-    steps = round(args.steps * ddp_flops / flops) if args.flop_match else args.steps
+    flops, full_flops = measure_workers(design, full, batch)         # of one micro-step
+    steps = round(args.steps * full_flops / flops) if args.flop_match else args.steps
     if start >= steps:
         say(f"nothing to do: the checkpoint in {out_dir} is of step {start}, and the run has {steps} steps")
         return
 
     # This process's worker (without torchrun all of them), and the optimizer of what it trains
-    sync = build(design, device, checkpoint)
-    optimizer = design.family.optimizer(sync.runs, design.layout, args.lr)
-    if checkpoint:
-        restore(optimizer, sync, checkpoint["optimizer"])
-    full = design.full_model()                                       # without weights: evaluation streams it
+    sync, optimizer = build(design, device, checkpoint)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     flops_done = saved.get("flops", 0)
-    skipped = start - updates                                        # updates that were not finite
-    in_a_row = 0                                                     # of them, the last ones
+    lost = 0                                                         # the last so many updates
     started = time.perf_counter()
     watch_signals()
 
@@ -226,13 +219,12 @@ def train(args, device):
         if math.isfinite(norm) and math.isfinite(loss):              # alike on all ranks
             optimizer.step()
             updates += 1
-            in_a_row = 0
+            lost = 0
         else:
-            skipped += 1
-            in_a_row += 1
-            if in_a_row == 10:                                       # before a dead model is saved twice
-                raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {now}: "
-                                f"go on from the last checkpoint with --resume and a smaller --lr")
+            lost += 1
+        if lost == 10:                                               # before a dead model is saved twice
+            raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {now}: "
+                            f"go on from the last checkpoint with --resume and a smaller --lr")
         optimizer.zero_grad()
         sync.refresh()                                               # backward masking: new frozen weights
         flops_done += flops * args.grad_accum
@@ -247,16 +239,16 @@ def train(args, device):
             sent_bytes, peak = largest_of_ranks(sync)
             line = {"step": now, "loss": loss, "lr": lr, "grad_norm": norm, "step_ms": ms,
                     f"{dataset.unit}_per_s": speed, "sent_bytes": sent_bytes, "peak_mem_bytes": peak,
-                    "flops": flops_done, "skipped": skipped}
+                    "flops": flops_done, "skipped": now - updates}
             left = (time.perf_counter() - started) / (now - start) * (steps - now)
             say(f"step {now:5}/{steps}  loss {loss:.4f}  {ms:6.0f} ms/step  {speed:8.0f} {dataset.unit}/s  "
                 f"{left / 60:5.1f} min left")
             if evaluates:
                 line |= evaluate(sync, full, dataset, design.family.module.loss, autocast)
-            first_rank_first(partial(log, out_dir / "metrics.jsonl", line))
+            first_rank_first(log, out_dir / "metrics.jsonl", line)
         if saves:
-            config = {**vars(args), **asdict(design.config), "mask_seed": design.mask_seed,
-                      "data_digest": dataset.digest, "flops": flops_done}
+            config = {**vars(args), **asdict(design.config), "data_digest": dataset.digest,
+                      "flops": flops_done}
             facts = {"step": now, "config": config, "masks": design.masks}
             save_checkpoint(out_dir, facts, sync, optimizer, design.family.moments, updates, statistics)
         if stops and not end:
@@ -290,10 +282,11 @@ def learning_rate(step, steps, peak, last):
 
 # -- From flags to workers -------------------------------------------------------------------------
 
-def load_data(args, device):
+def load_data(args):
     """-> the data set, and the model's sizes made to fit it."""
-    first_rank_first(partial(data.download_images, args.data))
-    dataset = data.load(args.data, args.batch_size, args.seq_len, args.seed, device)
+    if args.data.startswith("cifar"):
+        first_rank_first(data.cifar, args.data, True)                # fetches it, where it is not there yet
+    dataset = data.load(args.data, args.batch_size, args.seq_len, args.seed)
     family = FAMILIES[args.model]
     return dataset, replace(family.module.PRESETS[args.model], **{family.size: getattr(dataset, family.size)})
 
@@ -305,26 +298,19 @@ class Design:
         self.args, self.config, self.family = args, config, FAMILIES[args.model]
         self.branches, self.layout = self.family.module.branches(config), self.family.module.layout(config)
         self.backward = args.masking == "backward"
-        self.mask_seed, self.masks = args.seed, self.make_masks(args.seed)
+        if args.parallel == "sdp":
+            held = coverage_to_held(args.coverage, args.subnets)
+            self.masks = sdp.MASKS[args.level](self.branches, args.subnets, held, args.mask_seed)
+        else:                                                        # one subnetwork, which holds everything
+            self.masks = {name: torch.ones(b[1], 1, dtype=torch.bool) for name, b in self.branches.items()}
         self.n_subnets = sdp.count_subnets(self.masks)
 
-    def make_masks(self, seed):
-        if self.args.parallel != "sdp":                              # one subnetwork, which holds everything
-            return {name: torch.ones(b[1], 1, dtype=torch.bool) for name, b in self.branches.items()}
-        held = coverage_to_held(self.args.coverage, self.args.subnets)
-        return sdp.MASKS[self.args.level](self.branches, self.args.subnets, held, seed)
-
-    def keep_masks(self, seed, masks):
-        """Takes a checkpoint's masks if, with their seed, today's flags and mask function make the same."""
-        if digest(self.make_masks(seed)) == digest(masks):
-            say("the masks are the saved ones")
-            self.mask_seed, self.masks = seed, masks
-        else:
-            say("new masks: today's flags or mask function do not make the saved ones")
-
     def full_model(self):
+        """Without weights: evaluation streams them through it."""
         with torch.device("meta"):                                   # shapes without memory
-            return self.family.Model(self.config)
+            full = self.family.Model(self.config).eval()
+        full.checkpoint_activations = self.args.checkpoint_activations
+        return full
 
     def model(self, subnet):
         """The model that a worker with this subnetwork trains, on the meta device."""
@@ -353,17 +339,23 @@ class Design:
 
 
 def build(design, device, checkpoint):
-    """This process's worker, or without torchrun all of them, with the checkpoint's weights or new ones."""
+    """-> this process's worker, or without torchrun all of them, and the optimizer of what it trains."""
     value = checkpoint["model"].__getitem__ if checkpoint else design.initial()
-    if not DISTRIBUTED:
+    if DISTRIBUTED:
+        subnet = RANK % design.n_subnets
+        module = sdp.materialize(design.model(subnet), design.masks, design.layout, subnet, value, device)
+        sync = design.wrap(module)
+        if design.args.compile:
+            compile_blocks(module)
+    else:
         modules = [design.model(subnet) for subnet in range(design.n_subnets)]
-        return sdp.Simulation(modules, design.masks, design.layout, value, design.args.subnets, device)
-    subnet = RANK % design.n_subnets
-    module = sdp.materialize(design.model(subnet), design.masks, design.layout, subnet, value, device)
-    sync = design.wrap(module)
-    if design.args.compile:
-        compile_blocks(module)
-    return sync
+        sync = sdp.Simulation(modules, design.masks, design.layout, value, design.args.subnets, device)
+    optimizer = design.family.optimizer(sync.runs, design.layout, design.args.lr)
+    for run in sync.runs if checkpoint else ():
+        for key, x in checkpoint["optimizer"][run.name].items():
+            part = sync.part_of(x, run) if torch.is_tensor(x) else torch.tensor(float(x))
+            optimizer.state[run.param][key] = part.to(sync.device, copy=True)
+    return sync, optimizer
 
 
 def compile_blocks(model):
@@ -437,11 +429,8 @@ def describe(design, dataset, saved, device):
 
 
 def describe_masks(design):
-    say(sdp.picture(design.masks, design.branches))
-    loads = zip(sdp.loads(design.masks, design.branches).max(0), ("bytes", "FLOPs", "activations"))
     gap, _ = sdp.spectral_gap(*sdp.rows_of(design.masks))
-    largest = ", ".join(f"{load:.2f} {kind}" for load, kind in loads)
-    say(f"\n  largest load / mean: {largest}; spectral gap {gap:.2f}")
+    say(f"{sdp.picture(design.masks, design.branches)}\n\n  spectral gap {gap:.2f}")
     for warning in sdp.check_masks(design.masks, design.branches):
         say(f"warning: {warning}")
 
@@ -453,10 +442,9 @@ def measure_flops(model, batch):
     return counter.get_total_flops()
 
 
-def measure_workers(design, batch):
+def measure_workers(design, full, batch):
     """Prints what a worker has beside one of DDP.  -> FLOPs of a micro-step: the workers' mean, and DDP's"""
-    ddp = Design(argparse.Namespace(**{**vars(design.args), "parallel": "ddp"}), design.config).model(0)
-    models = [ddp, *(design.model(subnet) for subnet in range(design.n_subnets))]
+    models = [full, *(design.model(subnet) for subnet in range(design.n_subnets))]
     weights = [sum(p.nbytes for p in model.parameters()) for model in models]
     trained = [sum(p.nbytes for p in model.parameters() if p.requires_grad) for model in models]
     flops = [measure_flops(model, batch) for model in models]
@@ -471,11 +459,12 @@ def measure_workers(design, batch):
 
 # -- The full model, which no worker holds ---------------------------------------------------------
 
-def run_full_model(sync, full, dataset, split, steps):
-    """Yields (outputs, targets) of the full model, for the batches 0 to steps - 1 of every worker.
+def run_full_model(sync, full, dataset, split, count):
+    """Yields (outputs, targets) of the full model, for batches of at least `count` examples in all.
 
     As many batches go through it at a time as it has stages: it keeps no more activations than training does.
     """
+    steps = math.ceil(count / (dataset.batch_size * sync.world))
     which = [(i, worker) for i in range(steps) for worker in sync.workers]
     at_once = len(full.stages())
     for n in range(0, len(which), at_once):
@@ -494,10 +483,9 @@ def estimate_statistics(sync, full, dataset, autocast):
     norms = [module for module in full.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.to_empty(device=sync.device).reset_running_stats()
-    steps = math.ceil(STATISTICS_IMAGES / (dataset.batch_size * sync.world)) if norms else 0
     full.train()
     with autocast:
-        for _ in run_full_model(sync, full, dataset, "train", steps):
+        for _ in run_full_model(sync, full, dataset, "train", STATISTICS_IMAGES if norms else 0):
             pass
     full.eval()
     for b in full.buffers() if DISTRIBUTED else ():
@@ -512,7 +500,7 @@ def evaluate(sync, full, dataset, loss_of, autocast):
     """Says and returns val_loss of the full model, in nats per token or image, and val_acc."""
     sums = torch.zeros(3, dtype=torch.float64, device=sync.device)   # losses, right answers, all answers
     with autocast:
-        for outputs, y in run_full_model(sync, full, dataset, "val", dataset.val_steps(sync.world)):
+        for outputs, y in run_full_model(sync, full, dataset, "val", dataset.val_count):
             sums[0] += loss_of(outputs, y) * y.numel()
             sums[1] += (outputs.argmax(-1) == y).sum()
             sums[2] += y.numel()
@@ -535,8 +523,8 @@ def largest_of_ranks(sync):
 
 def sample(args, count=200):
     """Prints text of a checkpoint's full model: an ordinary Llama, no trace of subnetworks is left in it."""
-    checkpoint, _ = open_checkpoint(Path(args.out_dir)) if args.resume else (None, None)
-    if checkpoint is None:
+    checkpoint = open_checkpoint(Path(args.out_dir)) if args.resume else {}
+    if not checkpoint:
         raise UserError(f"--sample needs --resume and a checkpoint in --out-dir {args.out_dir}")
     saved = checkpoint["config"]
     if FAMILIES[saved["model"]] is not TEXT:
@@ -553,8 +541,8 @@ def sample(args, count=200):
 
 # -- The out-dir, and checkpoints: always of the full model, so that any workers can go on with any -
 
-def claim(args, step):
-    """Rank 0 takes the out-dir for a run that begins at `step`."""
+def claim(args, start):
+    """Rank 0 takes the out-dir for a run that begins after step `start`."""
     global LOCK
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -570,51 +558,44 @@ def claim(args, step):
                         f"another --out-dir leaves it alone")
     for file in old if args.overwrite else []:
         file.unlink()
-    lines = metrics.read_bytes().splitlines(True) if metrics.exists() else []
-    part.write_bytes(b"".join(line for line in lines if is_done(line, step)))
+    with open(part, "wb") as f:
+        for line in metrics.read_bytes().splitlines(True) if metrics.exists() else []:
+            with suppress(ValueError, KeyError, TypeError):          # a crash leaves bytes of any kind
+                if json.loads(line)["step"] <= start:                # later steps are done again
+                    f.write(line)
     os.replace(part, metrics)
 
 
-def is_done(line, step):
-    """Is this line of metrics.jsonl of a step that is not done again?  A crash leaves bytes of any kind."""
-    try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
 def log(path, line):
-    finite = {name: x if x is not None and math.isfinite(x) else None for name, x in line.items()}
+    line = {name: None if x is None or not math.isfinite(x) else x for name, x in line.items()}
     with open(path, "a") as f:
-        f.write(json.dumps(finite) + "\n")                           # JSON knows no NaN
+        f.write(json.dumps(line) + "\n")                             # JSON knows no NaN
 
 
 def save_checkpoint(out_dir, facts, sync, optimizer, moments, updates, statistics):
-    """Gathers model and optimizer state, one parameter at a time, and writes ckpt.pt.  The old one stays.
+    """Gathers model and optimizer state, one parameter at a time, and writes ckpt.pt.
 
     facts: the rest of the checkpoint.  moments: names in the optimizer's state.  updates: how often it has
     stepped; before the first time its moments are zeros.  statistics: of batch norms, {name: tensor}.
     """
-    def gather(tensors=None):
-        return {name: t.cpu().clone() if RANK == 0 else None for name, t in sync.gather(tensors)}
+    def full(tensors=None):
+        return {name: t.cpu().clone() for name, t in sync.gather(tensors) if RANK == 0}
 
-    def moment(key):
-        return [optimizer.state[run.param].get(key, torch.zeros_like(run.param)) for run in sync.runs]
-
-    gathered = {key: gather(moment(key)) for key in moments}
-    model = gather()
-
-    def write():
-        state = {name: {"step": updates, **{key: gathered[key][name] for key in moments}} for name in model}
-        model.update({name: b.cpu() for name, b in statistics.items()})
-        if not all(t.isfinite().all() for tensors in (model, *gathered.values()) for t in tensors.values()):
-            raise UserError("weights are not finite any more, so not saved: --resume with a smaller --lr")
-        write_checkpoint({"model": model, "optimizer": state, **facts}, out_dir / "ckpt.pt")
-    first_rank_first(write)
+    model = full()
+    state = {name: {"step": updates} for name in model}
+    for key in moments:
+        parts = [optimizer.state[run.param].get(key, torch.zeros_like(run.param)) for run in sync.runs]
+        for name, moment in full(parts).items():
+            state[name][key] = moment
+    model.update({name: b.cpu() for name, b in statistics.items()})
+    first_rank_first(write_checkpoint, {"model": model, "optimizer": state, **facts}, out_dir / "ckpt.pt")
 
 
 def write_checkpoint(checkpoint, path):
     """Only a whole file on the disk gets the name `path`; the one that had it is ckpt.prev.pt then."""
+    for tensors in checkpoint["model"], *checkpoint["optimizer"].values():
+        if not all(torch.as_tensor(x).isfinite().all() for x in tensors.values()):
+            raise UserError("weights are not finite any more, so not saved: --resume with a smaller --lr")
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as f:
@@ -635,7 +616,7 @@ def write_checkpoint(checkpoint, path):
 
 
 def open_checkpoint(out_dir):
-    """-> the newest undamaged checkpoint and a checksum of it, or (None, None) if there is none.
+    """-> the newest undamaged checkpoint, with a checksum, or {} if there is none.
 
     Its tensors are mapped: a rank reads only what it cuts.
     """
@@ -659,10 +640,10 @@ def open_checkpoint(out_dir):
             raise UserError(f"{path} is not a checkpoint of this program: move it, or change --out-dir")
         if path != paths[0]:
             say(f"warning: {paths[0]} is damaged, going on from {path}")
-        return checkpoint, str([file.CRC for file in archive.infolist()])
+        return {**checkpoint, "checksum": [file.CRC for file in archive.infolist()]}
     if paths:
         raise UserError(f"{paths[0]} is damaged and no other is there: start again with --overwrite")
-    return None, None
+    return {}
 
 
 def kinds(x):
@@ -672,9 +653,8 @@ def kinds(x):
     return (x.shape, x.dtype) if torch.is_tensor(x) else type(x)
 
 
-def check(checkpoint, design, dataset):
+def check(checkpoint, design, full, dataset):
     """-> steps and updates done.  Raises UserError unless the checkpoint fits model, data, and itself."""
-    full = design.full_model()
     keys = design.family.moments
     state = {name: {"step": 0, **dict.fromkeys(keys, p)} for name, p in full.named_parameters()}
     for part, wanted in {"model": full.state_dict(), "optimizer": state, "step": 0}.items():
@@ -685,16 +665,12 @@ def check(checkpoint, design, dataset):
         raise UserError(f"the checkpoint has step {step} and {sorted(updates)[:3]} updates, which cannot be")
     if checkpoint["config"]["data_digest"] != dataset.digest:
         raise UserError(f"--data {design.args.data} contradicts the checkpoint, which has seen other data")
-    design.keep_masks(checkpoint["config"]["mask_seed"], checkpoint.get("masks", {}))
+    masks, saved = design.masks, checkpoint.get("masks")
+    if kinds(masks) == kinds(saved) and all(torch.equal(masks[name], saved[name]) for name in masks):
+        say("the masks are the saved ones")
+    else:
+        say("new masks: today's flags or mask function do not make the saved ones")
     return step, min(updates)
-
-
-def restore(optimizer, sync, saved):
-    """Cuts this worker's part out of the saved optimizer state."""
-    for run in sync.runs:
-        for key, value in saved[run.name].items():
-            part = sync.part_of(value, run) if torch.is_tensor(value) else torch.tensor(float(value))
-            optimizer.state[run.param][key] = part.to(sync.device, copy=True)
 
 
 # -- The processes ---------------------------------------------------------------------------------
@@ -729,10 +705,10 @@ def watch_signals():
 def pick_device(wanted):
     """This rank's device, and the backend: NCCL where each rank has a GPU of its own, otherwise gloo."""
     gpus = torch.cuda.device_count()
-    if wanted == "cpu" or not (wanted or gpus):
-        return torch.device("cpu"), "gloo"
-    if not gpus:
+    if wanted == "cuda" and not gpus:
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
+    if wanted == "cpu" or not gpus:
+        return torch.device("cpu"), "gloo"
     index = int(os.environ["LOCAL_RANK"]) % gpus if DISTRIBUTED else 0
     torch.cuda.set_device(index)
     own = DISTRIBUTED and int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus
@@ -760,11 +736,6 @@ def start_processes(wanted, timeout):
     return device
 
 
-def digest(masks):
-    parts = [f"{name}{list(mask.shape)}".encode() + mask.numpy().tobytes() for name, mask in masks.items()]
-    return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
 def agree(mine):
     """Refuses to start unless all ranks have the same {name: value}."""
     ranks = [mine] * WORLD
@@ -776,12 +747,12 @@ def agree(mine):
                 raise UserError(f"rank {rank} was started with another {name} than rank 0")
 
 
-def first_rank_first(work):
-    """Runs work() on rank 0 alone, while the others wait without a limit.  Its error is everybody's."""
+def first_rank_first(work, *arguments):
+    """Calls work on rank 0 alone, while the others wait without a limit.  Its error is everybody's."""
     error = None
     if RANK == 0:
         try:
-            work()
+            work(*arguments)
         except (UserError, OSError) as e:
             error = str(e)
     if DISTRIBUTED:
@@ -794,12 +765,11 @@ def first_rank_first(work):
 
 def main(argv=None):
     args = parse(argv)
-    if args.sample is not None:
-        if RANK == 0:
-            sample(args)
-        return
-    train(args, start_processes(args.device, args.timeout))
-    if DISTRIBUTED:
+    if args.sample is None:
+        train(args, start_processes(args.device, args.timeout))
+    elif RANK == 0:
+        sample(args)
+    if dist.is_initialized():
         dist.barrier()                                               # or gloo fails whoever still connects
         dist.destroy_process_group()
 

@@ -97,7 +97,7 @@ def main(argv=None):
     device = train.start_processes(args.device, args.timeout)
     train.agree({flag: str(value) for flag, value in vars(args).items()})
     train.settle(args, {})
-    dataset, config = train.load_data(args, device)
+    dataset, config = train.load_data(args)
     world = train.WORLD if train.DISTRIBUTED else args.subnets
     everything, rows, rounds = plan.designs(args, config), {}, []
     if args.traces:

@@ -364,7 +364,7 @@ def train(row, updates, seed, lr, dataset, report):
                 p.zero_()
     optimizer = optimizer_of(row, parameters, lr)
     dataset.batch_size, dataset.seed = 64, seed
-    val = [dataset.batch("val", i, 0, 1) for i in range(dataset.val_steps(1))]
+    val = [dataset.batch("val", i, 0, 1) for i in range(math.ceil(dataset.val_count / dataset.batch_size))]
     calibration = [dataset.batch("train", i, 0, 1) for i in range(CALIBRATION)]
     dataset.batch_size = row.batch
     curve, seconds, every = [], 0.0, max(1, steps // 4)

@@ -7,6 +7,7 @@ Tests of data.py, on this machine alone: what would come from the network comes 
 import hashlib
 import http.server
 import io
+import math
 import os
 import pickle
 import re
@@ -119,7 +120,8 @@ def test_all_workers_together_validate_on_the_same_sequences_once(tmp_path):
     dataset = data.load(str(text_bin(tmp_path)), 3, 16, 0)
     seen = []
     for workers in 1, 2, 5:
-        turns = [(step, worker) for worker in range(workers) for step in range(dataset.val_steps(workers))]
+        steps = math.ceil(dataset.val_count / (3 * workers))
+        turns = [(step, worker) for worker in range(workers) for step in range(steps)]
         batches = [dataset.batch("val", step, worker, workers)[0] for step, worker in turns]
         seen.append(sorted(map(tuple, torch.cat(batches).tolist())))
         assert len(seen[-1]) == dataset.val_count == len(set(seen[-1]))
@@ -484,7 +486,8 @@ def test_an_epoch_shows_every_image_once_whatever_the_workers(monkeypatch):
             assert sorted(order[50 * epoch:50 * epoch + 50]) == list(range(50))
         assert order[:50] != order[50:100]
         assert torch.equal(torch.cat([y for _, y in batches])[:150], labels[order])
-        turns = [(step, worker) for step in range(dataset.val_steps(workers)) for worker in range(workers)]
+        steps = math.ceil(dataset.val_count / (7 * workers))
+        turns = [(step, worker) for step in range(steps) for worker in range(workers)]
         val = [dataset.batch("val", step, worker, workers)[1] for step, worker in turns]
         assert torch.equal(torch.cat(val), dataset.splits["val"][1])
 
@@ -543,7 +546,7 @@ def cifar_archive(hub, name, monkeypatch, per_file=6):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_is_downloaded_once_and_read_through_torchvision(hub, monkeypatch, name):
     first, key = cifar_archive(hub, name, monkeypatch)
-    data.download_images(name)
+    data.cifar(name, True)
     requests = len(hub.requests)
     dataset = data.load(name, 4, None, 0)
     assert len(hub.requests) == requests > 0
@@ -560,12 +563,12 @@ def test_bad_cifar_is_one_clear_line_and_does_no_harm(hub, monkeypatch):
     whole = hub.body
     hub.body = whole[:1000] + b"x" + whole[1001:]
     with pytest.raises(data.UserError, match="cannot fetch cifar10 .*--data shapes needs no network"):
-        data.download_images("cifar10")
+        data.cifar("cifar10", True)
     hub.drip = "body"
     with monkeypatch.context() as patch:
         hurry(patch)
         with pytest.raises(data.UserError, match="fetching cifar10 took more than"):
-            data.download_images("cifar10")
+            data.cifar("cifar10", True)
     hub.body, hub.drip = whole, ""
     assert len(data.load("cifar10", 4, None, 0).splits["train"][1]) == 30
 
