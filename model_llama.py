@@ -203,6 +203,8 @@ class Llama(nn.Module):
 
     def __init__(self, c, held=None, backward=False, scales=None):
         super().__init__()
+        if backward and scales is not None:
+            raise ValueError("backward masking runs whole branches: it scales nothing")
         self.config, self.checkpoint_activations = c, False
         full = {name: neurons for name, (_, neurons, *_) in branches(c).items()}
         held = full if held is None else held

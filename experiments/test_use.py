@@ -181,9 +181,17 @@ def test_wrong_use_is_refused():
             sync.finish()
         with sync.no_sync(), pytest.raises(RuntimeError, match="inside no_sync"):
             sync.finish()
-        for module, backward in (Net(3), True), (Net(3, rest=3), False):
-            with pytest.raises(ValueError, match="must be in the module"):
+        for module, backward, has in (Net(3), True, "has not"), (Net(3, rest=3), False, "has"):
+            with pytest.raises(ValueError, match=f"the module {has} the neurons .* backward is {backward}"):
                 wrapped(module, backward=backward)
+        sync = wrapped(Net(3, rest=3), backward=True)
+        sync.module(x).sum().backward()
+        sync.finish()
+        sync.module(x).sum().backward()
+        with pytest.raises(RuntimeError, match="refresh"):
+            sync.finish()
+        with pytest.raises(ValueError, match="scales nothing"):
+            llama.Llama(TINY, backward=True, scales={})
         frozen = sdp.materialize(Net(3), NET_MASKS, NET, 0, net_value)
         frozen.head.weight.requires_grad_(False)
         with pytest.raises(ValueError, match="head.weight has requires_grad=False"):
