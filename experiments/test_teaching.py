@@ -3,6 +3,7 @@
 import re
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,12 @@ WRONG = [
     (10, "hang = {0: ['01'], 1: ['01', '12'], 2: ['02', '12']}", "worker 0"),
     (10, "", "no answer yet"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def processes_that_are_copies(monkeypatch):
+    """Exercise 9 starts four processes.  Here they need not import torch, which takes each some seconds."""
+    monkeypatch.setattr(exercises.mp, "spawn", partial(exercises.mp.start_processes, start_method="fork"))
 
 
 def check(number, answers, folder):

@@ -915,7 +915,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
         (out / "ckpt.prev.pt").unlink()
         train.main(flags(tmp_path, "--resume", out="small/out", steps=7))
     finally:
-        subprocess.run(["umount", out.parent])
+        subprocess.run(["umount", "-l", out.parent])                 # lazily: the lock in it is still open
 
 
 def test_a_checkpoint_has_its_name_only_when_it_and_the_folder_are_on_the_disk(tmp_path, monkeypatch):
