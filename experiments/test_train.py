@@ -22,6 +22,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from inspect import getsource
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,8 @@ def small_program(folder, more=""):
         f"sys.path.insert(0, {str(ROOT)!r})",
         "import model_llama as llama, train",
         f"llama.PRESETS['llama-tiny'] = llama.{SMALL_LLAMA}",
+        getsource(six_per_weight),
+        "train.measure_flops = six_per_weight",
         more,
         "train.run(train.main)",
     ]
@@ -289,9 +292,8 @@ os.fsync = slow_fsync
 """
 
 
-def test_torchrun_equals_plain_python_and_writes_the_contract_s_metrics(tmp_path, monkeypatch):
+def test_torchrun_equals_plain_python_and_writes_the_contract_s_metrics(tmp_path):
     """And what rank 0 does alone, here on a slow disk, does not count against the others' patience."""
-    monkeypatch.setattr(train, "measure_flops", MEASURE_FLOPS)
     more = ["--level", "neuron", "--coverage", "1/2", "--grad-accum", 2]
     arguments = flags(tmp_path, *more, "--timeout", 5, out="many")
     code, out, err = Torchrun(2, small_program(tmp_path, SLOW_DISK), arguments).end()
