@@ -174,7 +174,6 @@ def test_a_worker_needs_no_more_than_ddp_on_a_model_of_its_size(level, more):
 
 
 def test_plan_writes_its_rows_and_says_where_28_percent_are_saved(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(llama.PRESETS, "llama-tiny", llama.LlamaConfig(num_hidden_layers=3))
     for name in "fsdp-zero2", "sdp-forward-neuron", "sdp-backward-neuron":       # other tests plan them
         monkeypatch.delitem(plan.VARIANTS, name)
     results = tmp_path / "plan.jsonl"
