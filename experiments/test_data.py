@@ -201,7 +201,7 @@ def test_text_needs_no_torchvision():
     code = """if True:
         import sys
         sys.modules["torchvision"] = None                  # now an import of it fails
-        import data
+        import data, train
         print(data.load("stdlib", 2, 16, 0).unit)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "tokens\n"), done.stderr
