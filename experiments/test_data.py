@@ -20,6 +20,7 @@ import tarfile
 import threading
 import time
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -623,7 +624,8 @@ def test_a_full_or_closed_output_is_one_line(tmp_path):
 def test_control_c_is_one_line_and_leaves_nothing(tmp_path):
     program = [sys.executable, ROOT / "data.py", "text", "/dev/stdin", "--out", tmp_path / "out"]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)    # as it would not under nohup
+    process = subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=pipe, text=True, preexec_fn=hears)
     while not list(tmp_path.iterdir()):                    # now it waits for text
         time.sleep(0.05)
     time.sleep(0.2)

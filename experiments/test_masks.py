@@ -65,7 +65,7 @@ def best_balance(cost, subnets, held, restarts):
     return best
 
 
-@pytest.mark.parametrize("held", [3, 4, 5, 6])
+@pytest.mark.parametrize("held", [3, 6])
 def test_loads_of_resnet18_are_balanced_within_5_percent_of_the_best(held):
     branches = resnet.branches(resnet.PRESETS["resnet18"])  # 8 blocks: 8 subnets allow each its own set
     best = best_balance(np.array([[n * x for x in loads] for _, n, *loads in branches.values()]), 8, held, 25)
@@ -87,7 +87,7 @@ def test_masks_for_64_subnets_and_100_blocks_take_seconds():
     assert min(seconds) < 3, seconds
 
 
-@pytest.mark.parametrize("model", ["llama-tiny", "llama-134m", "resnet18"])
+@pytest.mark.parametrize("model", ["llama-tiny", "resnet18"])
 def test_no_worker_sends_more_than_ddp(model):
     """Blocks of unequal size make that hard: those with least to send refresh the others."""
     config = {**llama.PRESETS, **resnet.PRESETS}[model]

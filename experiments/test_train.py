@@ -990,8 +990,18 @@ def send_in_step(number, step, worker, patch):
     patch.setattr(data.Tokens, "batch", batch)
 
 
+@pytest.fixture
+def heard():
+    """Signals come through, which they do not under nohup.  Afterwards they do what they did."""
+    numbers = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_lets_the_update_end_and_saves(tmp_path, monkeypatch, capsys, number):
+def test_a_signal_lets_the_update_end_and_saves(tmp_path, monkeypatch, capsys, heard, number):
     monkeypatch.setattr(train, "STOP", False)                        # and so it is again after the test
     send_in_step(number, 1, 0, monkeypatch)
     train.main(flags(tmp_path, steps=5))
@@ -1010,7 +1020,7 @@ def test_one_worker_is_told_to_stop_and_all_do_and_the_run_goes_on_from_there(tm
     check_same(load(tmp_path, "whole"), load(tmp_path))
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint(tmp_path, monkeypatch):
+def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint(tmp_path, monkeypatch, heard):
     """test_data.py has what a KeyboardInterrupt becomes: a line, and exit code 130."""
     def write(*_):
         signal.raise_signal(signal.SIGINT)
