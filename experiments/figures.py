@@ -152,7 +152,7 @@ def memory():
 
 
 def best_runs(updates):
-    """{row: [its runs of so many updates]}, at the learning rate that was best on seed 0 at 250 updates.
+    """{row: [its runs of so many updates]}, at the learning rate that was best on seed 0.
 
     A row is a method of training, see quality.py.
     """
@@ -160,7 +160,8 @@ def best_runs(updates):
     out = {}
     for name in dict.fromkeys(row["row"] for row in results):
         source = next(row["settings"]["lr_of"] for row in results if row["row"] == name) or name
-        searched = [row for row in results if (row["row"], row["updates"], row["seed"]) == (source, 250, 0)]
+        wanted = source, updates, 0
+        searched = [row for row in results if (row["row"], row["updates"], row["seed"]) == wanted]
         if searched:
             lr = min(searched, key=validation_loss)["lr"]
             wanted = name, updates, lr
@@ -178,6 +179,8 @@ LOOKS = {                                                            # row -> la
     "ddp": ("DDP", "black"),
     "block-6-flops": ("SDP forward block 6/8", "#1b6ca8"),
     "neuron-6-flops": ("SDP forward neuron 6/8", "#c2571a"),
+    "ddp-6-workers-flops": ("DDP, 6 workers", "#757575"),
+    "small-6-layers-flops": ("DDP, 6 blocks", "#2f7d4f"),
 }
 
 

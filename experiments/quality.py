@@ -11,9 +11,9 @@ Trains many small LLaMAs on text, by different methods, and compares the validat
 Each run appends one line to experiments/results/quality.jsonl.  The script does not repeat a run that is
 there.  So you can stop it at any time, and start it again to go on.
 
-The rules are the same for every row.  The script searches the learning rate on seed 0 at 250 updates.  It
-goes in steps of a factor 2, until both neighbours of the best rate are worse.  All seeds and lengths use the
-best.  A length of N updates means N updates of plain data parallelism.  A row whose name ends in -flops gets
+The rules are the same for every row.  The script searches the learning rate on seed 0, for each length.  It
+goes in steps of a factor 2, until both neighbours of the best rate are worse.  All seeds use the best.  A
+length of N updates means N updates of plain data parallelism.  A row whose name ends in -flops gets
 more updates: as many as its workers, on average, can do with the same FLOPs.  Its schedule is as much
 longer.  All workers have batches of the same size.
 
@@ -458,10 +458,10 @@ def search(done, first):
     return best, None
 
 
-def searched(table, name, results, length):
+def searched(table, name, results, updates):
     """-> whose search the row `name` uses, the best learning rate so far, the next one to try or None."""
     source = table[name].lr_of or name
-    done = {lr: loss for (seed, lr), loss in losses(results, source, length).items() if seed == 0}
+    done = {lr: loss for (seed, lr), loss in losses(results, source, updates).items() if seed == 0}
     best, more = search(done, FIRST_LR[table[source].model])
     return source, best, more
 
@@ -471,9 +471,9 @@ def missing_runs(table, names, args, results):
     out = []
     for updates in args.updates:
         for name in names:
-            source, best, more = searched(table, name, results, args.search_updates)
+            source, best, more = searched(table, name, results, updates)
             if more:
-                out.append((source, args.search_updates, 0, more))
+                out.append((source, updates, 0, more))
             for seed in range(args.seeds):
                 if more or (seed, best) not in losses(results, name, updates):
                     out.append((name, updates, seed, None if more else best))
@@ -481,28 +481,31 @@ def missing_runs(table, names, args, results):
 
 
 def say_table(table, names, args, results):
-    """Prints the results as markdown: loss of the full model, mean and standard deviation over the seeds."""
+    """Prints the results as markdown: loss of the full model, mean and standard deviation over the seeds.
+
+    Then the number of seeds and the learning rate; with a star if its search is not at its end.
+    """
     lengths = sorted({r["updates"] for r in results if r["row"] in names})
-    print("| row | best lr | parameters | FLOPs | " + " | ".join(f"{n} updates" for n in lengths) + " |")
-    print("|---|---|---|---|" + "---|" * len(lengths))
+    print("| row | parameters | FLOPs | " + " | ".join(f"{n} updates" for n in lengths) + " |")
+    print("|---|---|---|" + "---|" * len(lengths))
     plain = {("resnet" if r["row"].startswith("resnet") else "llama", r["updates"]): r["flops"]
              for r in results if r["row"] in ("ddp", "resnet-ddp")}
     for name in names:
         mine = [r for r in results if r["row"] == name]
         if not mine:
             continue
-        _, best, more = searched(table, name, results, args.search_updates)
         flops = [r["flops"] / plain[key] for r in mine if (key := (table[name].model, r["updates"])) in plain]
         cells = []
         for updates in lengths:
+            _, best, more = searched(table, name, results, updates)
             found = [loss for (_, lr), loss in losses(results, name, updates).items() if lr == best]
             spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
-            cells.append(f"{statistics.mean(found):.3f}{spread} ({len(found)})" if found else "")
+            lr = f"{best:g}{'*' if more else ''}"
+            cells.append(f"{statistics.mean(found):.3f}{spread} ({len(found)}; {lr})" if found else "")
         share = f"{flops[0]:.2f}" if flops else ""
         dense = table["resnet-ddp" if table[name].model == "resnet" else "ddp"]
         held = f"{parameters_of(table[name]) / parameters_of(dense):.2f}"
-        lr = f"{best:g}{' so far' if more else ''}"
-        print(f"| {name} | {lr} | {held} | {share} | " + " | ".join(cells) + " |")
+        print(f"| {name} | {held} | {share} | " + " | ".join(cells) + " |")
 
 
 def main(argv=None):
@@ -510,7 +513,6 @@ def main(argv=None):
     p.add_argument("rows", nargs="*", default=["*"], help="names of rows, or patterns [all]")
     p.add_argument("--updates", type=int, nargs="+", default=[SHORT, LONG], help="lengths [250 1000]")
     p.add_argument("--seeds", type=int, default=3, help="[%(default)s]")
-    p.add_argument("--search-updates", type=int, default=SHORT, help="length of the search [%(default)s]")
     p.add_argument("--results", type=Path, default=RESULTS, help="[experiments/results/quality.jsonl]")
     p.add_argument("--list", action="store_true", help="print the rows and stop")
     p.add_argument("--table", action="store_true", help="print the results and stop")
@@ -557,8 +559,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except data.UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(data.run_program(main))

@@ -78,7 +78,7 @@ def test_goes_on_where_it_was_cut_off(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(quality.FIRST_LR, "llama", 0.03)             # near the best for three updates
     path = tmp_path / "quality.jsonl"
     names = "ddp", "neuron-6-flops"
-    command = [*names, "--updates", "3", "--search-updates", "3", "--seeds", "2", "--results", str(path)]
+    command = [*names, "--updates", "3", "--seeds", "2", "--results", str(path)]
     quality.main(command)
     whole = path.read_text()
     runs = {(r["row"], r["seed"], r["lr"]): r for r in map(json.loads, whole.splitlines())}
@@ -94,7 +94,7 @@ def test_goes_on_where_it_was_cut_off(tmp_path, capsys, monkeypatch):
     quality.main(command + ["--table"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == list(names)
-    assert all("±" in line and "(2)" in line for line in lines[2:])
+    assert all("±" in line and "(2; 0.0" in line for line in lines[2:])
 
 
 @pytest.fixture(scope="module")
