@@ -39,7 +39,7 @@ The words:
 The file has the method four times, each time closer to the machine: `naive_masked_average`, which needs
 full-size tensors; `Simulation`, all workers in one process; `MaskedAllReduce`, real workers, one message
 for each holder set; and `SubnetDataParallel`, whose messages leave while the backward pass still runs.  You
-can stop after `MaskedAllReduce`.  Two appendices have the search for masks, and what is refused.
+can stop after `MaskedAllReduce`.  One appendix finds and describes masks, the other has what is refused.
 """
 
 import hashlib
@@ -395,7 +395,7 @@ class Simulation:
 # Bytes.  A ring all-reduce among h workers sends 2 (h-1)/h bytes per byte and worker, which is optimal.
 # Take W = S and coverage k/S, and count per byte of the full model's branches.  A worker holds k/S of them
 # and sends 2 (k-1)/k for each: 2 (k-1)/S.  A refresh brings every weight to S-k others, and S workers share
-# the work: (S-k)/S.  So
+# the work: (S-k)/S on average.  So
 #
 #     forward masking  2 (k-1)/S        backward masking  (k+S-2)/S        plain data parallelism  2 (S-1)/S
 #
@@ -439,7 +439,7 @@ class MaskedAllReduce:
     The optimizer steps on runs (module.parameters() get no gradients), so it must treat each number by
     itself, as SGD and Adam do.  Use float32 weights, with autocast for bfloat16.  Do not use
     torch.amp.GradScaler: it skips updates rank by rank, and the replicas part.  The norm that
-    `clip_grad_norm` returns is the same on all ranks: skip by that.
+    `clip_grad_norm` returns is the same on all ranks: skip optimizer.step() by that, but not refresh().
     """
 
     def __init__(self, module, masks, layout, backward=False, timeout=None):
@@ -456,9 +456,11 @@ class MaskedAllReduce:
         self.dtype = next(iter(self.params.values())).dtype
         self.wire_dtype = self.dtype                        # of gradients in messages
         check_wrap(module, self.slots)
-        for local, slot in self.slots.items():
-            if slot.dim is not None:                        # neuron by neuron in memory
-                p = self.params[local]
+        for local, slot in self.slots.items():              # neuron by neuron in memory
+            p = self.params[local]
+            if slot.dim is None:
+                p.data = p.data.contiguous()
+            else:
                 p.data = p.data.movedim(slot.dim, 0).contiguous().movedim(0, slot.dim)
 
         all_runs = self._find_runs()
@@ -485,7 +487,7 @@ class MaskedAllReduce:
         self.squares = []                                   # sum of squares of each message that has arrived
         self.exchanges = self._plan_refresh(all_runs) if backward else []
         self._coming = []                                   # refresh messages under way
-        self._stale = False                                 # frozen weights are those of an update ago
+        self._stale = False                                 # finish() was called, and refresh() was not yet
         module.is_wrapped = True
 
     def forward(self, worker, *inputs):
@@ -511,7 +513,7 @@ class MaskedAllReduce:
 
     def _begin_finish(self):
         if self._stale:
-            raise RuntimeError("frozen weights are old: backward masking needs refresh() after each update")
+            raise RuntimeError("frozen weights may be old: backward masking needs refresh() after finish()")
         self._stale = bool(self.exchanges)
         self.squares = []
 
@@ -586,7 +588,9 @@ class MaskedAllReduce:
 
     def close(self):
         """Ends the process groups made here, so that the module can be wrapped again.  Collective."""
+        self.refresh()
         self.arrive()
+        self.module.zero_grad()
         self.module.is_wrapped = False
         dist.barrier()                                      # or gloo fails a rank that still connects
         for group in self.groups.values():
@@ -848,11 +852,11 @@ class SubnetDataParallel(MaskedAllReduce):
         self.arrive(left)
 
     def reset(self):
-        """Drops all gradients: after an exception in the backward pass that all ranks had alike."""
+        """Drops all gradients: after an exception that all ranks had alike.  Collective."""
         for work, *_ in self._flying:
             work.wait()
-        self._stale = False
         self._restart()
+        self.refresh()
         for p in [*self.params.values(), *(run.param for run in self.runs)]:
             p.grad = None
 
@@ -906,7 +910,7 @@ def stream(sync, full, batches):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Appendix 1: masks with balanced loads.  Any masks can be trained; these make the largest worker small
+# Appendix 1: finding masks with balanced loads, and describing any.  (Any masks can be trained.)
 # -----------------------------------------------------------------------------------------------------------
 
 def relative_costs(branches):
@@ -1000,7 +1004,7 @@ def balanced_sets(cost, size, n_subnets, held, seed):
         sets = np.zeros((bundles, n_subnets), bool)
         np.put_along_axis(sets, ring[places % n_subnets], True, axis=1)
         bad = badness(sets)
-        for _ in range(500):
+        for _ in range(round(500 * min(1, (12 / n_subnets) ** 2))):  # large S: fewer, as each takes longer
             i, j = rng.choice(n_subnets, 2, replace=False)
             gives = np.flatnonzero(sets[:, i] & ~sets[:, j])  # bundles that i can give to j
             takes = np.flatnonzero(sets[:, j] & ~sets[:, i])

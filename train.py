@@ -303,6 +303,10 @@ class Design:
             self.masks = sdp.MASKS[args.level](self.branches, args.subnets, held, args.mask_seed)
         else:                                                        # one subnetwork, which holds everything
             self.masks = {name: torch.ones(b[1], 1, dtype=torch.bool) for name, b in self.branches.items()}
+        try:
+            self.warnings = sdp.check_masks(self.masks, self.branches)
+        except ValueError as e:
+            raise UserError(str(e)) from None
         self.n_subnets = sdp.count_subnets(self.masks)
 
     def full_model(self):
@@ -431,7 +435,7 @@ def describe(design, dataset, saved, device):
 def describe_masks(design):
     gap, _ = sdp.spectral_gap(*sdp.rows_of(design.masks))
     say(f"{sdp.picture(design.masks, design.branches)}\n\n  spectral gap {gap:.2f}")
-    for warning in sdp.check_masks(design.masks, design.branches):
+    for warning in design.warnings:
         say(f"warning: {warning}")
 
 

@@ -104,7 +104,7 @@ def rows():
                "random-redraw-1": dict(draw="random", redraw=1), "subnets-4": dict(subnets=4, held=3),
                "ends": dict(held=5, ends=True)}
     for name, change in changes.items():
-        out[f"block-6-{name}-flops"] = Row(**{**asdict(block), **change})
+        out[f"block-6-{name}-flops"] = replace(block, **change)
     neuron = Row(level="neuron", held=6, flops=True, lr_of="neuron-6-flops")
     out["neuron-6-redraw-50-flops"] = replace(neuron, redraw=50)
     # 5 % of 250 updates are 12, too few: some seeds never recover

@@ -77,14 +77,14 @@ def test_loads_of_resnet18_are_balanced_within_5_percent_of_the_best(held):
         assert sdp.loads(sdp.neuron_masks(branches, 8, held, seed), branches).max() < 1.001
 
 
-def test_masks_for_64_subnets_and_100_blocks_take_seconds():
+def test_masks_for_64_subnets_and_100_blocks_take_less_than_a_second():
     branches = {str(b): (b, 1, 1.0, 1.0, 1.0) for b in range(100)}
     seconds = []
     for held in (20, 40, 48):
         start = time.process_time()
         sdp.block_masks(branches, 64, held)
         seconds.append(time.process_time() - start)
-    assert min(seconds) < 3, seconds
+    assert min(seconds) < 1, seconds
 
 
 @pytest.mark.parametrize("model", ["llama-tiny", "resnet18"])

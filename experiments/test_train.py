@@ -783,11 +783,17 @@ def test_wrong_masks_in_a_checkpoint_are_not_used(tmp_path, capsys):
         assert all(torch.equal(mask, saved["masks"][b]) for b, mask in load(tmp_path)["masks"].items())
 
 
-def test_an_out_dir_with_a_run_is_left_alone(tmp_path):
+def nobody_holds_neuron_0(branches, *_):
+    return {name: torch.arange(b[1])[:, None].repeat(1, 4) > 0 for name, b in branches.items()}
+
+
+def test_an_out_dir_with_a_run_is_left_alone(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     metrics = tmp_path / "out" / "metrics.jsonl"
     metrics.write_text("precious")
     refused(tmp_path, "already holds a run: --resume goes on with it, --overwrite replaces it")
+    monkeypatch.setitem(sdp.MASKS, "own", nobody_holds_neuron_0)
+    refused(tmp_path, "no subnet holds neuron 0", "--overwrite", "--level", "own")
     assert metrics.read_text() == "precious"
     (tmp_path / "file").write_text("")
     for out in "file", "file/out":

@@ -6,6 +6,7 @@ Tests of how sdp.py is used: masks and models of the user's own, right or refuse
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model_llama as llama
+import model_resnet as resnet
 import sdp
-from test_sdp import TINY, _gradients, alone, gathered, make_sync, masks_for, run_on, tokens_for
+from test_sdp import (TINY, TINY_RESNET, _gradients, alone, gathered, make_sync, masks_for, run_on, subnetwork,
+                      tokens_for)
 
 
 def test_bad_masks_are_refused_and_odd_ones_warned_of():
@@ -188,8 +191,9 @@ def test_wrong_use_is_refused():
         sync.module(x).sum().backward()
         sync.finish()
         sync.module(x).sum().backward()
-        with pytest.raises(RuntimeError, match="refresh"):
-            sync.finish()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="needs refresh"):
+                sync.finish()
         with pytest.raises(ValueError, match="scales nothing"):
             llama.Llama(TINY, backward=True, scales={})
         frozen = sdp.materialize(Net(3), NET_MASKS, NET, 0, net_value)
@@ -200,6 +204,21 @@ def test_wrong_use_is_refused():
         wrapped(Net(3))
     with pytest.raises(ValueError, match="4 subnets do not divide the number of workers, 6"):
         make_sync(TINY, masks_for(TINY, 4, 3, "block"), False, simulated=6)
+
+
+def test_whatever_the_memory_format_runs_are_in_the_memory_of_the_module():
+    masks = masks_for(TINY_RESNET, 4, 3, "neuron")
+    for backward in False, True:
+        net = subnetwork(TINY_RESNET, masks, 0, backward)
+        value = sdp.fresh(resnet.layout(TINY_RESNET), partial(resnet.init, TINY_RESNET), 0)
+        sdp.materialize(net, masks, resnet.layout(TINY_RESNET), 0, value)
+        net.to(memory_format=torch.channels_last)
+        with alone(world=4):
+            sync = sdp.SubnetDataParallel(net, masks, resnet.layout(TINY_RESNET), backward)
+        for run in sync.runs:
+            run.param.data.fill_(7)
+        trained = [p for p in net.parameters() if p.requires_grad]
+        assert trained and all((p == 7).all() for p in trained)
 
 
 def test_after_an_exception_in_backward_reset_starts_afresh():
@@ -261,10 +280,11 @@ def _opened_and_closed(masks):
     sync.close()
     groups.append(len(dist.distributed_c10d._world.pg_map))
     x, y = tokens_for(0, 0)
-    llama.loss(sync.module(x), y).backward()                # nobody takes the gradient away any more
+    llama.loss(sync.module(x), y).backward()
+    grad = sync.module.lm_head.weight.grad                  # nobody takes the gradient away any more
     again = sdp.SubnetDataParallel(sync.module, masks, sync.layout, True)
     again.close()
-    return (*groups, sync.module.lm_head.weight.grad is not None)
+    return (*groups, grad is not None and sync.module.lm_head.weight.grad is None)
 
 
 def _own_mlp(held, masks):
