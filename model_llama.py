@@ -198,7 +198,8 @@ class Llama(nn.Module):
     held: branch name -> number of neurons built; by default all of them, which is the full model.
     backward: build the neurons that are not held as well, as frozen `rest` modules (backward masking).
     scales: branch name -> what the branch's output is multiplied by; by default 1.  Under forward masking a
-        branch is a part of a sum, and `sdp.branch_scales` brings it to the size of the whole.
+        branch is a part of a sum, and `sdp.branch_scales` brings it to the size of the whole.  ValueError if
+        they are given under backward masking, where branches are whole.
     """
 
     def __init__(self, c, held=None, backward=False, scales=None):

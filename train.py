@@ -284,7 +284,7 @@ def learning_rate(step, steps, peak, last):
 
 def load_data(args):
     """-> the data set, and the model's sizes made to fit it."""
-    if args.data.startswith("cifar"):
+    if args.data in ("cifar10", "cifar100"):
         first_rank_first(data.cifar, args.data, True)                # fetches it, where it is not there yet
     dataset = data.load(args.data, args.batch_size, args.seq_len, args.seed)
     family = FAMILIES[args.model]
@@ -292,7 +292,10 @@ def load_data(args):
 
 
 class Design:
-    """Who holds what, as the flags say: the same on every rank.  It needs no memory of the model's size."""
+    """Who holds what, as the flags say: the same on every rank.  It needs no memory of the model's size.
+
+    Raises UserError for masks that cannot be trained.
+    """
 
     def __init__(self, args, config):
         self.args, self.config, self.family = args, config, FAMILIES[args.model]

@@ -267,10 +267,13 @@ def _run_script(path):
         return len(runpy.run_path(path)["parts"])
 
 
-def test_the_snippets_of_the_readme_are_a_script(tmp_path):
-    """As they are printed, on four workers.  Only what checks them is added."""
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_snippets_of_the_readme_are_a_script(tmp_path, backward):
+    """As they are printed, on four workers, in both regimes.  Only what checks them is added."""
     blocks = re.findall(r"```python\n(.*?)```", (HERE.parent / "README.md").read_text(), re.S)
     mask, use, again = blocks
+    assert use.count("backward = False ") == 1
+    use = use.replace("backward = False ", f"backward = {backward} ")
     again = again.replace("    train(sync", "    same()\n    train(sync")
     again = again.replace("seed + 5))", "seed + 5))\n    remember()")
     script = tmp_path / "mine.py"
