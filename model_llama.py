@@ -50,7 +50,7 @@ PRESETS = {
     "llama-500m": LlamaConfig(32000, 1280, 3456, 20, 20, 20, 2048),
     "llama-1b": LlamaConfig(32000, 2048, 5504, 18, 32, 32, 2048),
 }
-LOGITS = 2**25                                                       # held at a time in training: 128 MiB
+MAX_LOGITS = 2**25                                                   # held at a time in training: 128 MiB
 
 
 # -- What sdp.py has to know: branches, their neurons, and how each parameter is made of neurons ------------
@@ -63,7 +63,7 @@ def branches(c):
     """
     d, queries = c.hidden_size, c.queries_per_kv * c.head_dim
     kept = 2 * queries + 2 * c.head_dim                              # q, k, v, and what o_proj reads
-    head = kept * d                                                  # rows of q, k, v and columns of o
+    head = kept * d                                                  # weights: rows of q, k, v, columns of o
     pairs = 12 * c.max_position_embeddings * queries                 # q k^T, and probabilities times v
     out = {}
     for i in range(c.num_hidden_layers):
@@ -181,7 +181,8 @@ class Layer(nn.Module):
 
     def forward(self, x, rope=None):
         if self.input_layernorm:                                     # None: the branch is absent, x <- x
-            rope = rope or rope_table(x.shape[1], self.config, x.device)
+            if rope is None:                                         # the layer runs alone, see `stages`
+                rope = rope_table(x.shape[1], self.config, x.device)
             normed = self.input_layernorm(x)
             for part in filter(None, (self.self_attn, self.rest.self_attn)):
                 x = torch.add(x, part(normed, rope), alpha=self.scales[0])  # x + scale * part
@@ -245,7 +246,7 @@ class Llama(nn.Module):
             return self.lm_head(x)
         # Logits are by far the largest tensor, and the loss would hold three: them, their softmax, their
         # gradient.  So only some rows are alive at a time, computed once more in the backward pass
-        x, y, rows = x.flatten(0, 1), targets.flatten(), LOGITS // self.config.vocab_size
+        x, y, rows = x.flatten(0, 1), targets.flatten(), MAX_LOGITS // self.config.vocab_size
         if len(y) <= rows:
             return loss(self.lm_head(x), y)
         # The weight is an argument: backward computes anew, when sdp.Simulation has put other weights back

@@ -21,7 +21,8 @@ There are two regimes:
     weights in memory               the subnetwork's            all
     gradients, optimizer state      the subnetwork's            the subnetwork's
     a branch's output               times 1/C                   as it is
-    gradient                        biased                      unbiased
+    gradient, as an estimate
+    of the full model's             biased                      unbiased
 
 The words:
 
@@ -29,8 +30,8 @@ The words:
     neuron      the smallest piece that is held or not: a head, a hidden unit, a channel
     subnet      the number of a subnetwork, 0 to S-1
     held        a worker holds the neurons of its subnetwork: it trains them
-    holders     of a neuron: all subnets that hold it, a sorted tuple, also called a holder set;
-                |H_j| is W/S times their number
+    holders     of a neuron: the *subnets* that hold it, a sorted tuple, also called a holder set.
+                H_j are the *workers* that do: W/S for each of these subnets
     coverage    C = number of holders / S
     frozen      under backward masking a worker also runs the neurons it does not hold; they do not train here
     refresh     a holder sends new weights to the workers that run them frozen
@@ -59,14 +60,14 @@ import torch.nn as nn
 from torch.func import functional_call
 
 
-def naive_masked_average(grad, held):
+def naive_masked_average(grad, mask):
     """The formula with full-size tensors.
 
-    grad [neurons, ...] of this worker; held bool [neurons]: which it holds.  Each neuron has a holder.
+    grad [neurons, ...] of this worker; mask bool [neurons]: which it holds.  Each neuron has a holder.
     """
-    held = held.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1))
-    total = grad * held                                     # zeros from those who do not hold
-    holders = held.clone()
+    mask = mask.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1))
+    total = grad * mask                                     # zeros from those who do not hold
+    holders = mask.clone()
     dist.all_reduce(total)                                  # sum over i in H_j of g_ij
     dist.all_reduce(holders)                                # |H_j|
     return total / holders
@@ -104,7 +105,8 @@ def neuron_masks(branches, n_subnets, held, seed=0):
     for name in sorted(branches, key=costs.get):            # like branches follow each other
         neurons = branches[name][1]
         counts = np.full(len(sets), neurons // len(sets))   # neurons of each set
-        left = neurons % len(sets)                          # the sets take turns at those left over
+        # The sets take turns at the neurons left over: a branch begins where the last one stopped
+        left = neurons % len(sets)
         counts[(begin + np.arange(left)) % len(sets)] += 1
         begin += left
         masks[name] = torch.from_numpy(np.repeat(sets, counts, axis=0))
@@ -127,9 +129,9 @@ def branch_scales(masks, subnet):
     """{branch: what forward masking multiplies this subnet's branch by}: 1/C where the coverage is C.
 
     A neuron with h holders is in h of the S subnetworks.  Times S/h, the mean over all subnetworks is the
-    full model's branch.  Dropout and stochastic depth (arXiv 1603.09382) scale for the same reason.  A branch
-    has one factor: the mean over its neurons held here.  It multiplies the sum over the neurons, not a bias
-    that is added to the sum.
+    full model's branch, for one input.  Dropout and stochastic depth (arXiv 1603.09382) scale for the same
+    reason.  A branch has one factor: the mean of S/h over its neurons held here, so this is exact where they
+    all have equally many holders.  It multiplies the sum over the neurons, not a bias added to the sum.
     """
     scales = {}
     for branch, mask in masks.items():
@@ -203,6 +205,7 @@ def slots(module, masks, layout, subnet):
             if frozen:
                 raise ValueError(f"parameter {local} belongs to its branch as a whole, and `rest` would add "
                                  f"it again: add it once, outside of held and rest")
+            # A norm is outside of held and rest.  It trains where some neuron of its branch does
             slot = Slot(name, None, None, branch is None or bool(masks[branch][:, subnet].any()))
         else:
             mask = masks[branch]
@@ -210,8 +213,8 @@ def slots(module, masks, layout, subnet):
                 raise ValueError(f"{name} has {shape[dim]} rows, which {len(mask)} neurons, as many as the "
                                  f"mask of {branch} has, cannot share")
             neurons = which[branch].argsort(stable=True)    # sorted by holder set
-            here = mask[neurons, subnet] != frozen          # the held ones; in `rest` those not held
-            neurons = neurons[here]
+            held = mask[neurons, subnet]
+            neurons = neurons[~held if frozen else held]
             each = shape[dim] // len(mask)                  # rows of one neuron
             rows = (neurons[:, None] * each + torch.arange(each)).flatten()
             slot = Slot(name, dim, rows, not frozen)
@@ -296,7 +299,10 @@ class Run(NamedTuple):
 
 
 def runs_of(masks, layout):
-    """All runs of the full model in forward order: (full name, holders, numel).  The same on all ranks."""
+    """All runs of the full model in forward order: (full name, holders, numel).  The same on all ranks.
+
+    In a parameter they are in the order of `holder_sets`, by which `slots` has sorted the neurons.
+    """
     sets, which = holder_sets(masks)
     everyone = tuple(range(count_subnets(masks)))
     for name, (branch, dim, shape) in layout.items():
@@ -375,7 +381,8 @@ class Simulation:
     def refresh(self):
         pass                                                # frozen weights are cut afresh in every pass
 
-    close = refresh
+    def close(self):
+        pass
 
     def part_of(self, full, run):
         """What belongs into run.param, or into its optimizer state, of a full tensor."""
@@ -411,7 +418,7 @@ class Bucket(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """One message of a refresh, from everybody to everybody."""
+    """One message of a refresh: an all-to-all, in which a worker sends to each other what that one lacks."""
     branches: set                   # it has weights of these
     sends: list                     # for each rank a list of runs' weights, which this worker sends to it
     gets: list                      # from each rank: frozen runs' weights
@@ -421,7 +428,7 @@ class MaskedAllReduce:
     """The method on real workers in its plain form: after the backward pass, one message for each holder set.
 
         sync = MaskedAllReduce(module, masks, layout)
-        optimizer = torch.optim.AdamW([run.param for run in sync.runs])
+        optimizer = torch.optim.AdamW([run.param for run in sync.runs])    # views of the module's weights
 
         loss.backward()
         sync.finish()                                    # run.param.grad is now the average over the holders
@@ -456,7 +463,7 @@ class MaskedAllReduce:
         self.dtype = next(iter(self.params.values())).dtype
         self.wire_dtype = self.dtype                        # of gradients in messages
         check_wrap(module, self.slots)
-        for local, slot in self.slots.items():              # neuron by neuron in memory
+        for local, slot in self.slots.items():              # neuron by neuron in memory, so a run is a slice
             p = self.params[local]
             if slot.dim is None:
                 p.data = p.data.contiguous()
@@ -464,12 +471,7 @@ class MaskedAllReduce:
                 p.data = p.data.movedim(slot.dim, 0).contiguous().movedim(0, slot.dim)
 
         all_runs = self._find_runs()
-        for run in all_runs:
-            if self.subnet not in run.holders and (run.param is not None) != backward:
-                has = "the module has not" if backward else "the module has"
-                raise ValueError(f"{has} the neurons of {run.name} that this worker does not hold (`rest`), "
-                                 f"and backward is {backward}: backward masking needs them, forward masking "
-                                 f"must not have them")
+        check_regime(all_runs, self.subnet, backward)
         self.runs = [run for run in all_runs if self.subnet in run.holders]
         self.runs_in = defaultdict(list)                    # trained parameter -> its runs, as they lie in it
         for run in self.runs:
@@ -518,9 +520,10 @@ class MaskedAllReduce:
         self.squares = []
 
     def _take_gradient(self, local):
-        """Moves the gradient of a parameter to its runs.  No copy: the runs' gradients are views.
+        """Moves the gradient of a parameter to its runs.
 
-        The parameter's own .grad is None after that, or the numbers would be there twice.
+        No copy: autograd gives a gradient its parameter's strides, so it lies neuron by neuron too.  The
+        parameter's own .grad is None after that, or the numbers would be there twice.
         """
         p = self.params[local]
         if not p.requires_grad:
@@ -604,10 +607,7 @@ class MaskedAllReduce:
         return len(holders) * self.world // self.n_subnets
 
     def _find_runs(self):
-        """All runs of the full model in forward order, with their place in this process's module.
-
-        In a parameter they lie in the order of `runs_of`, as `slots` sorts neurons by holder set.
-        """
+        """All runs of the full model in forward order, with their place in this process's module."""
         here = {(slot.name, slot.trains): local for local, slot in self.slots.items()}
         memory = {local: flat(p.data, self.slots[local]) for local, p in self.params.items()}
         end = Counter()                                     # of the runs found so far in each parameter
@@ -634,21 +634,20 @@ class MaskedAllReduce:
     def _plan_refresh(self, all_runs, limit=math.inf):
         """Who sends whom new weights: exchanges in forward order, each with some `limit` numbers a worker.
 
-        Ranks m S to m S + S-1 are a family: between them they hold all subnets.  Weights never leave the
-        family, so on a host with S devices they never leave the host.  Of the holders, the one with least
-        to send so far sends.
+        Workers 0 to S-1 are a family, S to 2S-1 the next, and so on: each has all subnets, and refreshes
+        itself.  So on a host with S devices these weights never leave the host.  Of the holders, the one
+        with least to send so far sends.
         """
-        family = self.rank - self.subnet
-        load = Counter()                                    # numbers that each subnet sends in an update
+        family = self.rank - self.subnet                    # its first worker
+        load = Counter()                                    # numbers each subnet sends: first for averages
         for run in all_runs:
             for subnet in run.holders:
                 load[subnet] += run.numel * (2 - 2 / self._count(run.holders))
         exchanges = []
-        size = limit
         for run, subnet in product(all_runs, range(self.n_subnets)):
             if subnet in run.holders:
                 continue
-            if size >= limit:
+            if not exchanges or size >= limit:
                 size = 0
                 sends = [[] for _ in range(self.world)]
                 gets = [[] for _ in range(self.world)]
@@ -1065,6 +1064,18 @@ def check_module(module, masks, layout, subnet, found):
     for buffer in module.state_dict().keys() - everything.keys():
         raise ValueError(f"buffer {buffer} is state that nobody averages: register a constant with "
                          f"persistent=False, and batch norms with track_running_stats=False")
+
+
+def check_regime(all_runs, subnet, backward):
+    """Raises ValueError if the module was built for the other regime."""
+    for run in all_runs:
+        if subnet not in run.holders:
+            if backward and run.param is None:
+                raise ValueError(f"backward masking: the module lacks the neurons of {run.name} that this "
+                                 f"worker does not hold (`rest`)")
+            if not backward and run.param is not None:
+                raise ValueError(f"forward masking: the module has neurons of {run.name} that this worker "
+                                 f"does not hold (`rest`); they need backward=True")
 
 
 def check_wrap(module, places):

@@ -183,13 +183,13 @@ def train(args, device):
     dataset, config = load_data(args)
     design = Design(args, config)
     full = design.full_model()
-    start, updates = check(checkpoint, design, full, dataset) if checkpoint else (0, 0)
+    start, updates = check_checkpoint(checkpoint, design, full, dataset) if checkpoint else (0, 0)
     files = [module.__file__ for module in (sys.modules[__name__], sdp, data, llama, resnet)]
     code = b"".join(Path(file).read_bytes() for file in files)
     agree({**vars(args), "version of torch": torch.__version__, "code": hashlib.sha256(code).hexdigest(),
            "checkpoint": checkpoint.get("checksum"), "contents of --data": dataset.digest,
            "masks": data.fingerprint(mask.numpy() for mask in design.masks.values())})
-    first_rank_first(claim, args, start)
+    first_rank_first(claim_out_dir, args, start)
     describe(design, dataset, saved, device)
     batch = dataset.batch("train", 0, 0, 1)                          # for its shape
     flops, full_flops = measure_workers(design, full, batch)         # of one micro-step
@@ -213,7 +213,7 @@ def train(args, device):
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = accumulate(sync, dataset, step, args.grad_accum, autocast)
-        # Norm, loss and the wish to stop travel in one message, and the host waits for the device but once
+        # One message for norm, loss and the wish to stop (a signal has come), and the host waits but once
         message = sync.clip_grad_norm(design.family.max_norm, loss / sync.world, float(STOP))
         norm, loss, stops = message.tolist()
         if math.isfinite(norm) and math.isfinite(loss):              # alike on all ranks
@@ -222,7 +222,7 @@ def train(args, device):
             lost = 0
         else:
             lost += 1
-        if lost == 10:                                               # before a dead model is saved twice
+        if lost == 10:                                               # the checkpoints kept are still good
             raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {now}: "
                             f"go on from the last checkpoint with --resume and a smaller --lr")
         optimizer.zero_grad()
@@ -327,6 +327,7 @@ class Design:
         with torch.device("meta"):
             model = self.family.Model(self.config, sdp.held_counts(self.masks, subnet), self.backward, **more)
         model.checkpoint_activations = self.args.checkpoint_activations
+        # Already here, as weights that are frozen cost fewer FLOPs
         for local, slot in sdp.slots(model, self.masks, self.layout, subnet).items():
             model.get_parameter(local).requires_grad_(slot.trains)
         return model
@@ -358,7 +359,9 @@ def build(design, device, checkpoint):
         modules = [design.model(subnet) for subnet in range(design.n_subnets)]
         sync = sdp.Simulation(modules, design.masks, design.layout, value, design.args.subnets, device)
     optimizer = design.family.optimizer(sync.runs, design.layout, design.args.lr)
-    for run in sync.runs if checkpoint else ():
+    if not checkpoint:
+        return sync, optimizer
+    for run in sync.runs:
         for key, x in checkpoint["optimizer"][run.name].items():
             part = sync.part_of(x, run) if torch.is_tensor(x) else torch.tensor(float(x))
             optimizer.state[run.param][key] = part.to(sync.device, copy=True)
@@ -396,8 +399,11 @@ class DataParallel:
     def finish(self):
         pass                                                         # DDP has waited; no weights are frozen
 
-    refresh = finish
-    close = finish
+    def refresh(self):
+        pass
+
+    def close(self):
+        pass
 
     def clip_grad_norm(self, max_norm, *scalars):
         packet = [nn.utils.clip_grad_norm_(self.params, max_norm) / self.world, *scalars]
@@ -493,12 +499,13 @@ def estimate_statistics(sync, full, dataset, autocast):
     full.train()
     with autocast:
         for _ in run_full_model(sync, full, dataset, "train", STATISTICS_IMAGES if norms else 0):
-            pass
+            pass                                                     # the forward passes fill the statistics
     full.eval()
-    for b in full.buffers() if DISTRIBUTED else ():
-        dist.all_reduce(b)                                           # of equally many images each
-        if b.is_floating_point():
-            b /= WORLD
+    if DISTRIBUTED:
+        for b in full.buffers():
+            dist.all_reduce(b)                                       # of equally many images each
+            if b.is_floating_point():
+                b /= WORLD
     return dict(full.named_buffers())
 
 
@@ -548,7 +555,7 @@ def sample(args, count=200):
 
 # -- The out-dir, and checkpoints: always of the full model, so that any workers can go on with any -
 
-def claim(args, start):
+def claim_out_dir(args, start):
     """Rank 0 takes the out-dir for a run that begins after step `start`."""
     global LOCK
     out_dir = Path(args.out_dir)
@@ -563,10 +570,12 @@ def claim(args, start):
     if any(file.stat().st_size for file in old) and not (args.resume or args.overwrite):
         raise UserError(f"{out_dir} already holds a run: --resume goes on with it, --overwrite replaces it, "
                         f"another --out-dir leaves it alone")
-    for file in old if args.overwrite else []:
-        file.unlink()
+    if args.overwrite:
+        for file in old:
+            file.unlink()
+    lines = metrics.read_bytes().splitlines(True) if metrics.exists() else []
     with open(part, "wb") as f:
-        for line in metrics.read_bytes().splitlines(True) if metrics.exists() else []:
+        for line in lines:
             with suppress(ValueError, KeyError, TypeError):          # a crash leaves bytes of any kind
                 if json.loads(line)["step"] <= start:                # later steps are done again
                     f.write(line)
@@ -660,7 +669,7 @@ def kinds(x):
     return (x.shape, x.dtype) if torch.is_tensor(x) else type(x)
 
 
-def check(checkpoint, design, full, dataset):
+def check_checkpoint(checkpoint, design, full, dataset):
     """-> steps and updates done.  Raises UserError unless the checkpoint fits model, data, and itself."""
     keys = design.family.moments
     state = {name: {"step": 0, **dict.fromkeys(keys, p)} for name, p in full.named_parameters()}

@@ -266,8 +266,8 @@ def contribution(function):
             total += float(number)
         right = float(torch.cat(grads).norm()) ** 2
         need(abs(total - right) < 1e-3 * right,
-             f"{workers} workers: the sum is {total:.4f}, but it must be {right:.4f}: how often does it count "
-             f"a gradient that h workers have?")
+             f"{workers} workers: the sum is {total:.4f}, but must be {right:.4f}: how often does it count a "
+             f"gradient that h workers have?")
 
 
 def all_reduce(function):

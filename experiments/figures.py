@@ -27,7 +27,7 @@ def step():
     n = 4
     made = sdp.block_masks(llama.branches(llama.PRESETS["llama-tiny"]), n, 3)
     of_block = [made[f"model.layers.{i}.mlp"][0].nonzero().flatten().tolist() for i in range(n)]
-    rows = ["shared\nembedding, head", *(f"block {i}" for i in range(n))]
+    rows = ["shared: embedding,\nlast norm, head", *(f"block {i}" for i in range(n))]
     colours = ["#757575", "#1b6ca8", "#c2571a", "#2f7d4f", "#7b4f9d"]
     fig, axis = plt.subplots(figsize=(10, 4.6))
     for worker in range(n):
@@ -38,20 +38,19 @@ def step():
     for row, (label, colour, holders) in enumerate(zip(rows, colours, [list(range(n)), *of_block])):
         y = -row
         axis.text(-0.75, y, label, ha="right", va="center")
-        axis.plot([1.25 * holders[0], 5.3], [y, y], color=colour, linewidth=2.5, zorder=1)
+        path = [(1.25 * holders[0], y)]
         for worker in range(n):
-            held = worker in holders
-            if held:
-                box_style = dict(facecolor=colour, edgecolor=colour, linestyle="-")
-                sign = f"$g_{{{worker}}}$"
-                sign_style = dict(fontsize=12, color="white")
+            x = 1.25 * worker
+            corner = x - 0.42, y - 0.33
+            if worker in holders:
+                box = plt.Rectangle(corner, 0.84, 0.66, zorder=2, facecolor=colour)
+                axis.text(x, y, f"$g_{{{worker}}}$", ha="center", va="center", fontsize=14, color="white")
             else:
-                box_style = dict(facecolor="white", edgecolor="#aaaaaa", linestyle=":")
-                sign = "not held"
-                sign_style = dict(fontsize=7, color="#777777")
-            corner = 1.25 * worker - 0.42, y - 0.33
-            axis.add_patch(plt.Rectangle(corner, 0.84, 0.66, zorder=2, linewidth=1.2, **box_style))
-            axis.text(1.25 * worker, y, sign, ha="center", va="center", zorder=3, **sign_style)
+                box = plt.Rectangle(corner, 0.84, 0.66, fill=False, edgecolor="#aaaaaa", linestyle=":")
+                if worker > holders[0]:                              # the message goes past this worker
+                    path += [(x - 0.52, y), (x - 0.52, y - 0.43), (x + 0.52, y - 0.43), (x + 0.52, y)]
+            axis.add_patch(box)
+        axis.plot(*zip(*path, (5.3, y)), color=colour, linewidth=2.5, zorder=1)
         total = " + ".join(f"g_{{{worker}}}" for worker in holders)
         axis.annotate("", (5.4, y), (5.2, y), arrowprops=dict(arrowstyle="-|>", color=colour, linewidth=2.5))
         axis.text(5.5, y, f"$g = ({total})\\,/\\,{len(holders)}$", va="center", color=colour, fontsize=12)
@@ -59,11 +58,12 @@ def step():
     axis.text(5.5, 1.55, "averaged gradient", weight="bold")
     axis.text(8.75, 1.55, "holder set", weight="bold", ha="center")
     text = ("1.  Down each column: a worker runs its subnetwork forward and backward, on its own batch.\n"
-            "2.  Along each row: those who hold a block average its gradient, in one message.\n"
+            "     It does not have the empty blocks.\n"
+            "2.  Along each row: the workers that hold a block average its gradient.  No one else takes part.\n"
             "3.  Every holder updates its copy by the same average, so the copies stay equal.")
-    axis.text(-1.9, -5.0, text, va="top", fontsize=10, linespacing=1.6)
-    axis.set_xlim(-2, 9.4)
-    axis.set_ylim(-6.5, 1.9)
+    axis.text(-1.9, -5.0, text, va="top", fontsize=10, linespacing=1.5)
+    axis.set_xlim(-2.3, 9.4)
+    axis.set_ylim(-6.7, 1.9)
     axis.axis("off")
     fig.tight_layout(pad=0.4)
     fig.savefig(HERE / "figures/step.png", dpi=130, facecolor="white")
@@ -96,25 +96,24 @@ def runs(folders, path="runs.png"):
 
 
 def masks():
-    """Who holds what: 6 blocks, 8 subnetworks, coverage 5/8, at both levels."""
+    """Who holds what: 8 blocks, 8 subnetworks, coverage 6/8, at both levels."""
     import model_llama as llama
     import sdp
 
-    config = llama.LlamaConfig(num_hidden_layers=6, intermediate_size=64)
+    config = llama.LlamaConfig(num_hidden_layers=8, intermediate_size=64)
     branches = {name: b for name, b in llama.branches(config).items() if name.endswith("mlp")}
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axis, level, make in (axes[0], "block", sdp.block_masks), (axes[1], "neuron", sdp.neuron_masks):
-        made = make(branches, 8, 5)
-        picture = np.concatenate([mask.numpy() for mask in made.values()])               # [6 * 64 neurons, 8]
+        made = make(branches, 8, 6)
+        picture = np.concatenate([mask.numpy() for mask in made.values()])               # [8 * 64 neurons, 8]
         axis.imshow(picture, aspect="auto", interpolation="none", cmap="Blues", vmin=-0.15, vmax=1.4)
-        axis.set_yticks([64 * i + 31.5 for i in range(6)], [f"block {i}" for i in range(6)])
-        for i in range(1, 6):
+        axis.set_yticks([64 * i + 31.5 for i in range(8)], [f"block {i}" for i in range(8)])
+        for i in range(1, 8):
             axis.axhline(64 * i - 0.5, color="white", linewidth=2)
         for i in range(1, 8):
             axis.axvline(i - 0.5, color="white", linewidth=3)
-        gap = sdp.spectral_gap(*sdp.rows_of(made))[0]
-        axis.set_title(f"{level} level, coverage 5/8, spectral gap {gap:.2f}", fontsize=10)
-        axis.set_xlabel("subnetwork")
+        axis.set_title(f"{level} level, coverage 6/8", fontsize=13)
+        axis.set_xlabel("subnetwork", fontsize=11)
         axis.tick_params(length=0)
         for spine in axis.spines.values():
             spine.set_visible(False)
@@ -130,20 +129,25 @@ def read(name):
 def memory():
     """What one worker of llama-1b has in memory at the peak, as plan.py says."""
     last = {row["variant"]: row for row in read("plan.jsonl") if row["model"] == "llama-1b"}
-    rows = [row for name, row in last.items() if " at " not in name or name == "sdp at coverage 1"]
-    fig, axis = plt.subplots(figsize=(9, 3.4))
+    labels = {"ddp": "DDP", "ddp-zero1": "DDP, ZeRO-1", "ddp-checkpoint": "DDP, activation checkpoints",
+              "fsdp": "FSDP2", "fsdp-zero2": "FSDP2, ZeRO-2", "sdp at coverage 1": "SDP at coverage 1",
+              "sdp-forward-block": "SDP forward block", "sdp-forward-neuron": "SDP forward neuron",
+              "sdp-backward-block": "SDP backward block", "sdp-backward-neuron": "SDP backward neuron"}
+    rows = [last[name] for name in labels]
+    fig, axis = plt.subplots(figsize=(9, 3.8))
     left = np.zeros(len(rows))
-    colours = {"parameters": "#08306b", "gradients": "#2171b5", "optimizer": "#6baed6",
+    colours = {"parameters": "#08306b", "gradients": "#d62728", "optimizer": "#6baed6",
                "activations": "#fdae6b", "temporary": "#d9d9d9"}
     for kind, colour in colours.items():
         width = np.array([row["memory"][kind] / 1e9 for row in rows])
-        axis.barh([row["variant"] for row in rows], width, left=left, color=colour, label=kind)
+        axis.barh(list(labels.values()), width, left=left, color=colour, label=kind)
         left += width
     for i, total in enumerate(left):
         axis.text(total + 0.2, i, f"{total:.1f} GB, {total / left[0]:.0%}", va="center", fontsize=9)
     axis.invert_yaxis()
     axis.set_xlim(0, left.max() * 1.2)
-    axis.set_xlabel("GB in use at the peak, largest worker")
+    axis.set_title("llama-1b, S = 8, coverage 6/8, two sequences of 2,048 tokens", loc="left", fontsize=11)
+    axis.set_xlabel("GB in use at the peak, largest worker (at SDP's peak no gradients are there yet)")
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     axis.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
@@ -176,31 +180,39 @@ def validation_loss(row):
 
 
 LOOKS = {                                                            # row -> label, colour
-    "ddp": ("DDP", "black"),
-    "block-6-flops": ("SDP forward block 6/8", "#1b6ca8"),
-    "neuron-6-flops": ("SDP forward neuron 6/8", "#c2571a"),
-    "ddp-6-workers-flops": ("DDP, 6 workers", "#757575"),
-    "small-6-layers-flops": ("DDP, 6 blocks", "#2f7d4f"),
+    "ddp{}": ("DDP", "black"),
+    "block-6{}-flops": ("SDP forward block 6/8", "#1b6ca8"),
+    "neuron-6{}-flops": ("SDP forward neuron 6/8", "#c2571a"),
+    "ddp-6-workers{}-flops": ("DDP on 6 of 8 workers", "#999999"),
+    "small-6-layers{}-flops": ("DDP, 6 of 8 blocks", "#2f7d4f"),
 }
 
 
 def flops():
-    """Validation loss of the full model against FLOPs: DDP, and SDP at equal FLOPs, as quality.py ran."""
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-    for axis, updates in zip(axes, (250, 1000)):
-        for name, rows in best_runs(updates).items():
-            if name not in LOOKS:
+    """Validation loss of the full model against FLOPs: mean over the seeds, and the range they span."""
+    settings = ("", 250), ("", 1000), ("-batch-x4", 250), ("-batch-x4", 1000)
+    fig, axes = plt.subplots(2, 2, figsize=(10, 7))
+    for axis, (batch, updates) in zip(axes.flat, settings):
+        found = best_runs(updates)
+        for name, (label, colour) in LOOKS.items():
+            rows = found.get(name.format(batch))
+            if not rows:
                 continue
-            label, colour = LOOKS[name]
-            for i, row in enumerate(rows):
-                points = [(row["flops"] * step / row["steps"] / 1e12, loss) for step, loss in row["curve"]]
-                axis.plot(*zip(*points), color=colour, marker="o", markersize=3, alpha=0.75,
-                          label=f"{label}, {len(rows)} seeds" if i == 0 else None)
-        axis.set_title(f"{updates} updates of DDP", fontsize=10, loc="left")
-        axis.set_xlabel("TFLOPs of all workers")
+            steps = [step for step, _ in rows[0]["curve"]]
+            if steps[-2] > 0.98 * steps[-1]:                         # two points in one place
+                steps.pop(-2)
+            losses = np.array([[dict(row["curve"])[step] for step in steps] for row in rows])
+            work = rows[0]["flops"] * np.array(steps) / steps[-1] / 1e12
+            seeds = f"{len(rows)} seeds" if len(rows) > 1 else "1 seed"
+            label = f"{label}, {seeds}"
+            axis.plot(work, losses.mean(0), color=colour, marker="o", markersize=3.5, label=label)
+            axis.fill_between(work, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
+        tokens = "4,096" if batch else "1,024"
+        axis.set_title(f"{updates:,} updates of DDP, {tokens} tokens each", fontsize=11, loc="left")
+        axis.set_xlabel("work of all workers, 10^12 FLOP")
         axis.set_ylabel("validation loss, nats per byte")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=9)
     fig.tight_layout()
     fig.savefig(HERE / "figures/flops.png", dpi=130, facecolor="white")
     plt.close(fig)

@@ -24,6 +24,7 @@ Five things had to be done:
 import copy
 import os
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -178,10 +179,10 @@ class GPT(nn.Module):
 
         self.wte = nn.Embedding(VOCAB, WIDTH)
         self.wpe = nn.Embedding(LENGTH, WIDTH)
-        self.h = nn.ModuleList(nn.Sequential() for _ in range(BLOCKS))
-        for i, block in enumerate(self.h):
-            block.attn = branch(f"h.{i}.attn", Attention)            # the Sequential runs attn, then mlp
-            block.mlp = branch(f"h.{i}.mlp", MLP)
+        self.h = nn.ModuleList()
+        for i in range(BLOCKS):
+            attn, mlp = branch(f"h.{i}.attn", Attention), branch(f"h.{i}.mlp", MLP)
+            self.h.append(nn.Sequential(OrderedDict(attn=attn, mlp=mlp)))    # runs attn, then mlp
         self.ln_f = nn.LayerNorm(WIDTH)
         self.lm_head = nn.Linear(WIDTH, VOCAB, bias=False)
         self.lm_head.weight = self.wte.weight
@@ -233,9 +234,12 @@ def from_original(state):
 
 
 def load_into_original(model, weights):
-    """The way back.  weights: {name in GPT: full parameter}"""
+    """The way back.  weights: {name in GPT: full parameter}
+
+    `from_original` gives views of the model's memory, each under its name in GPT: fill them.
+    """
     with torch.no_grad():
-        for name, place in from_original(model.state_dict()).items():        # views of the model's memory
+        for name, place in from_original(model.state_dict()).items():
             if name != "lm_head.weight":                                     # tied
                 place.copy_(weights[name])
 

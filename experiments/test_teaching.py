@@ -187,7 +187,7 @@ WRONG = [
     (7, "import sdp\nmasks = sdp.block_masks", "subnets hold block 0"),
     (7, "import sdp\nmasks = sdp.neuron_masks", "different rows"),
     (7, "def masks(branches, n_subnets, held, seed=0): return {}", "not of this model"),
-    (8, "def contribution(parts): return sum(float((g ** 2).sum()) for h, g in parts)", "how often does it count"),
+    (8, "def contribution(parts): return sum(float((g ** 2).sum()) for h, g in parts)", "how often does it"),
     (8, "def contribution(parts): pass", "None is not a number"),
     (9, "def all_reduce(grad, mask, groups, rank, send): pass", "has not the averages"),
     (9, RIGHT.replace("message = grad[neurons] / len(holders)", "message = grad[neurons].clone()"),

@@ -18,8 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model_llama as llama
 import model_resnet as resnet
 import sdp
-from test_sdp import (TINY, TINY_RESNET, _gradients, alone, gathered, make_sync, masks_for, run_on, subnetwork,
-                      tokens_for)
+from test_sdp import (
+    TINY, TINY_RESNET, _gradients, alone, gathered, make_sync, masks_for, run_on, subnetwork,
+    tokens_for,
+)
 
 
 def test_bad_masks_are_refused_and_odd_ones_warned_of():
@@ -59,7 +61,7 @@ def test_the_loss_in_chunks_is_the_loss_in_one(monkeypatch, level):
         return losses, gathered(sync, [run.param.grad for run in sync.runs])
 
     losses, gradients = update()
-    monkeypatch.setattr(llama, "LOGITS", 4 * TINY.vocab_size)        # four tokens at a time
+    monkeypatch.setattr(llama, "MAX_LOGITS", 4 * TINY.vocab_size)        # four tokens at a time
     calls = []
     summed_loss = llama.summed_loss
 
@@ -184,9 +186,10 @@ def test_wrong_use_is_refused():
             sync.finish()
         with sync.no_sync(), pytest.raises(RuntimeError, match="inside no_sync"):
             sync.finish()
-        for module, backward, has in (Net(3), True, "has not"), (Net(3, rest=3), False, "has"):
-            with pytest.raises(ValueError, match=f"the module {has} the neurons .* backward is {backward}"):
-                wrapped(module, backward=backward)
+        with pytest.raises(ValueError, match="backward masking: the module lacks the neurons"):
+            wrapped(Net(3), backward=True)
+        with pytest.raises(ValueError, match="forward masking: the module has neurons"):
+            wrapped(Net(3, rest=3))
         sync = wrapped(Net(3, rest=3), backward=True)
         sync.module(x).sum().backward()
         sync.finish()
