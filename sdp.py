@@ -148,7 +148,7 @@ def holder_sets(masks):
     sets = {}                                               # holders -> number
     which = {}
     for name, mask in masks.items():
-        if mask.dtype != torch.bool or mask.dim() != 2:
+        if mask.dtype != torch.bool or mask.dim() != 2 or not len(mask):
             raise ValueError(f"mask of {name}: wanted bool [neurons, subnets], "
                              f"got {mask.dtype} {list(mask.shape)}")
         alone = ~mask.any(1)
@@ -262,10 +262,12 @@ def fresh(layout, init, seed):
 def materialize(module, masks, layout, subnet, value, device="cpu"):
     """Gives a subnetwork built on the meta device its weights, cut from value(full name), one at a time.
 
-    Frozen parameters get requires_grad=False.  Returns the module.  Raises ValueError if a buffer is on the
-    meta device too: nothing says what its value is.
+    Parameters that are frozen here get requires_grad=False.  Returns the module.  Raises ValueError if a
+    buffer is on the meta device too, as nothing says what its value is; and if a parameter that trains here
+    has requires_grad=False.
     """
     places = slots(module, masks, layout, subnet)
+    check_trains(module, places)
     for name, buffer in module.named_buffers():
         if buffer.is_meta:
             raise ValueError(f"buffer {name} is on the meta device: make constants in forward, or give "
@@ -437,16 +439,17 @@ class MaskedAllReduce:
         optimizer.zero_grad()
         sync.refresh()                                  # backward masking: new weights for frozen neurons
 
-    module: the subnetwork of this process, rank mod S, with the same weights as the other holders' (see
-    `materialize`).  backward: is it backward masking?  masks, layout and backward: the same on every rank.
-    timeout: of the process groups, a timedelta.  The loss must be the mean over this worker's batch.
-    runs: what this worker trains.  sent_bytes: what it sends in one update.
-    Raises ValueError for what SDP would train wrongly.
+    module: the subnetwork of this process, rank mod S.  As in DDP, all take the first holder's weights, and
+    the module must not be moved or converted later.  backward: is it backward masking?  masks, layout and
+    backward: the same on every rank, or they wait for ever.  timeout: of the process groups, a timedelta.
+    The loss must be the mean over this worker's batch.  runs: what this worker trains.  sent_bytes: what it
+    sends in one update.  Raises ValueError for what SDP would train wrongly.
 
-    The optimizer steps on runs (module.parameters() get no gradients), so it must treat each number by
-    itself, as SGD and Adam do.  Use float32 weights, with autocast for bfloat16.  Do not use
-    torch.amp.GradScaler: it skips updates rank by rank, and the replicas part.  The norm that
-    `clip_grad_norm` returns is the same on all ranks: skip optimizer.step() by that, but not refresh().
+    The optimizer steps on runs (module.parameters() get no gradients), which are 1-D: so it must treat each
+    number by itself, as SGD and Adam do and Adafactor does not.  Use float32 weights, with autocast for
+    bfloat16.  Do not use torch.amp.GradScaler: it skips updates rank by rank, and the replicas part.  The
+    norm that `clip_grad_norm` returns is the same on all ranks: skip optimizer.step() by that, but not
+    refresh().
     """
 
     def __init__(self, module, masks, layout, backward=False, timeout=None):
@@ -491,6 +494,10 @@ class MaskedAllReduce:
         self._coming = []                                   # refresh messages under way
         self._stale = False                                 # finish() was called, and refresh() was not yet
         module.is_wrapped = True
+        for run in self.runs:                               # all begin with the first holder's weights
+            dist.broadcast(run.param.data, group=self.groups[run.holders], group_src=0)
+        self.refresh()
+        self.arrive()
 
     def forward(self, worker, *inputs):
         """Forward pass of worker `worker`, which is this process's."""
@@ -547,7 +554,7 @@ class MaskedAllReduce:
 
         -> float64 tensor [1 + len(scalars)]: the norm before, and the sum over all workers of each scalar
         (the loss, a wish to stop).  All travel in one message.  Each parameter counts once: each of its h
-        holders adds 1/h of its square.
+        holders adds 1/h of its square.  The norm is that of the averages as finish() made them.
         """
         if len(self.squares) < len(self.buckets):
             raise RuntimeError("call finish() before clip_grad_norm(): the gradients are not averages yet")
@@ -838,6 +845,7 @@ class SubnetDataParallel(MaskedAllReduce):
 
     def _hook_arrivals(self):
         """Lets each branch wait for its weights: the module that has all of its parameters inside."""
+        self._hooks.append(self.module.register_state_dict_pre_hook(partial(self._wait, 0)))
         for i, exchange in enumerate(self.exchanges):
             left = len(self.exchanges) - 1 - i
             for branch in exchange.branches:
@@ -1078,19 +1086,25 @@ def check_regime(all_runs, subnet, backward):
                                  f"does not hold (`rest`); they need backward=True")
 
 
+def check_trains(module, places):
+    """Raises ValueError for a parameter that trains here and has requires_grad=False."""
+    for local, p in module.named_parameters():
+        if places[local].trains and not p.requires_grad:
+            raise ValueError(f"{local} has requires_grad=False, but this worker trains it: leave its "
+                             f"runs out of the optimizer instead")
+
+
 def check_wrap(module, places):
     """Raises for a module that is not ready to be wrapped.  places: its `slots`."""
     if getattr(module, "is_wrapped", False):
         raise ValueError("the module is wrapped already: close() the first wrapper before the second")
+    check_trains(module, places)
     params = dict(module.named_parameters())
     first = next(iter(params.values()))
     for local, slot in places.items():
         p = params[local]
         if p.dtype != first.dtype or p.device != first.device:
             raise ValueError("all parameters must have one dtype and one device: they share messages")
-        if slot.trains and not p.requires_grad:
-            raise ValueError(f"{local} has requires_grad=False, but this worker trains it: leave its "
-                             f"runs out of the optimizer instead")
         if p.requires_grad and not slot.trains:
             raise ValueError(f"{local} has requires_grad=True, but it is frozen here: use materialize()")
     # Overlapping groups communicate at the same time, each on a stream of its own.  That is safe if the GPU

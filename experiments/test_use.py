@@ -19,7 +19,7 @@ import model_llama as llama
 import model_resnet as resnet
 import sdp
 from test_sdp import (
-    TINY, TINY_RESNET, _gradients, alone, gathered, make_sync, masks_for, run_on, subnetwork,
+    TINY, TINY_RESNET, _gradients, alone, check_replicas, gathered, make_sync, masks_for, run_on, subnetwork,
     tokens_for,
 )
 
@@ -203,10 +203,31 @@ def test_wrong_use_is_refused():
         frozen.head.weight.requires_grad_(False)
         with pytest.raises(ValueError, match="head.weight has requires_grad=False"):
             sdp.SubnetDataParallel(frozen, NET_MASKS, NET)
+        with pytest.raises(ValueError, match="head.weight has requires_grad=False"):
+            sdp.materialize(frozen, NET_MASKS, NET, 0, net_value)
     with alone(world=3), pytest.raises(ValueError, match="2 subnets do not divide the number of workers, 3"):
         wrapped(Net(3))
     with pytest.raises(ValueError, match="4 subnets do not divide the number of workers, 6"):
         make_sync(TINY, masks_for(TINY, 4, 3, "block"), False, simulated=6)
+
+
+def _starts_that_differ(backward):
+    masks, layout = masks_for(TINY, 4, 3, "neuron"), llama.layout(TINY)
+    module = subnetwork(TINY, masks, dist.get_rank(), backward)
+    value = sdp.fresh(layout, partial(llama.init, TINY), dist.get_rank())
+    sdp.materialize(module, masks, layout, dist.get_rank(), value)
+    sync = sdp.SubnetDataParallel(module, masks, layout, backward)
+    saved = {name: t.clone() for name, t in module.state_dict().items()}  # it waits for frozen weights
+    check_replicas(sync)
+    assert all(torch.equal(saved[name], t) for name, t in module.state_dict().items())
+    return gathered(sync)["model.embed_tokens.weight"], value("model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_all_begin_with_the_first_holders_weights(backward):
+    (_, first), *others = run_on(4, _starts_that_differ, backward)
+    for embedding, its_own in others:
+        assert torch.equal(embedding, first) and not torch.equal(its_own, first)
 
 
 def test_whatever_the_memory_format_runs_are_in_the_memory_of_the_module():
