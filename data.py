@@ -51,12 +51,12 @@ def seeded(*what):
 
 
 def fingerprint(arrays):
-    """-> hexadecimal digest of contents: each array's size, and 64 windows of 1024 rows all over it."""
+    """-> hexadecimal digest of contents"""
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(f"{len(array)} ".encode())
-        for i in range(0, len(array), len(array) // 64 + 1):
-            digest.update(array[i:i + 1024].tobytes())
+        digest.update(f"{array.shape} ".encode())
+        for i in range(0, len(array), PIECE):
+            digest.update(array[i:i + PIECE].tobytes())
     return digest.hexdigest()
 
 
@@ -74,6 +74,8 @@ def write_bin(path, tokens, vocab_size):
 
 def read_bin(path):
     """-> (tokens: uint16 [count], mapped into memory; vocabulary size).  Raises UserError for other files."""
+    if Path(path).is_fifo():                               # to open it would wait for ever
+        raise UserError(f"{path} is a pipe: write it to a file first")
     header = np.fromfile(path, np.int32, 256)
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION or not 0 <= header[3] <= 65536:
         raise UserError(f"{path} is not a token shard: make one with  python data.py text")
@@ -353,7 +355,10 @@ def tokens_of(file, vocab_size):
 
 def tokenise(files, out, vocab_size):
     """Writes OUT_train.bin and OUT_val.bin, the first nine tenths and the last of all files' tokens."""
-    folder = Path(f"{out}_train.bin").parent
+    paths = {split: Path(f"{out}_{split}.bin") for split in ("train", "val")}
+    if {path.resolve() for path in paths.values()} & {Path(file).resolve() for file in files}:
+        raise UserError(f"--out {out} would overwrite a FILE: choose another")
+    folder = paths["train"].parent
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:  # removed whatever happens
         everything = Path(work, "everything")
@@ -369,8 +374,8 @@ def tokenise(files, out, vocab_size):
         for split in splits:
             write_bin(Path(work, split), splits[split], vocab_size)
         for split in splits:
-            os.replace(Path(work, split), f"{out}_{split}.bin")
-            print(f"{out}_{split}.bin: {len(splits[split])} tokens")
+            os.replace(Path(work, split), paths[split])
+            print(f"{paths[split]}: {len(splits[split])} tokens")
 
 
 class Parser(argparse.ArgumentParser):
@@ -386,7 +391,11 @@ def run_program(main):
         main()
         sys.stdout.flush()                                 # if it is closed or full, this shows here
         return 0
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as e:
+    except (UserError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as e:
+        # Too little memory is a RuntimeError of torch; all others are faults of the program
+        no_memory = isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
+        if isinstance(e, RuntimeError) and not no_memory:
+            raise
         if os.environ.get("SDP_TRACEBACK"):                # shows where it happened
             traceback.print_exc()
         print("error:", " ".join(str(e).split()) or type(e).__name__, file=sys.stderr)
@@ -402,10 +411,12 @@ def main():
     parser = Parser(description="Fetch or tokenise training text ahead of time.")
     commands = parser.add_subparsers(dest="command", required=True)
     fineweb = commands.add_parser("fineweb", help="fetch FineWeb, tokenised with GPT-2's vocabulary")
-    fineweb.add_argument("--shards", type=int, default=1, help="training shards, 1 to 103 [%(default)s]")
+    fineweb.add_argument("--shards", type=int, choices=range(1, 104), default=1, metavar="N",
+                         help="training shards, 1 to 103 [%(default)s]")
     text = commands.add_parser("text", help="tokenise text files")
     text.add_argument("files", nargs="+", metavar="FILE")
-    text.add_argument("--out", default=str(FOLDER / "text"), help="beginning of the paths [%(default)s]")
+    text.add_argument("--out", type=os.path.expanduser, default=str(FOLDER / "text"),
+                      help="beginning of the paths [%(default)s]")
     text.add_argument("--encoding", choices=["bytes", "gpt2"], default="bytes", help="[%(default)s]")
     args = parser.parse_args()
     if args.command == "text":

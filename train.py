@@ -25,7 +25,6 @@ import zipfile
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +54,8 @@ DEFAULTS = {
 }
 SHAPES = dict(steps=300, batch_size=16, lr=0.03, eval_every=100)
 STATISTICS_IMAGES = 1024            # batch norm's statistics come from so many training images
+FLAGS = ("parallel", "masking", "level", "coverage", "subnets", "steps", "flop_match", "seed", "batch_size",
+         "seq_len", "grad_accum", "lr", "dtype", "reduce_dtype")       # --resume says which of them changed
 
 
 def adamw(runs, layout, lr):
@@ -84,8 +85,8 @@ FAMILIES = {model: IMAGES if model in resnet.PRESETS else TEXT for model in DEFA
 # -- Flags -----------------------------------------------------------------------------------------
 
 def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    if not 1 <= int(text) <= 10**9:
+        raise argparse.ArgumentTypeError(f"must be at least 1 and at most {10**9}, not {text}")
     return int(text)
 
 
@@ -93,7 +94,8 @@ def shared_flags(description):
     """A parser with the flags that train.py, experiments/plan.py and experiments/bench.py have in common."""
     p = data.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=list(DEFAULTS), help="[llama-tiny]")
-    p.add_argument("--data", help="stdlib, fineweb, PATH.bin; cifar10, cifar100, shapes [stdlib, or cifar10]")
+    p.add_argument("--data", type=os.path.expanduser,
+                   help="stdlib, fineweb, PATH.bin; cifar10, cifar100, shapes [stdlib, or cifar10]")
     p.add_argument("--level", choices=list(sdp.MASKS), default="block", help="mask function [%(default)s]")
     p.add_argument("--coverage", help="k/S: part of the model a worker trains [the smallest from 0.75 on]")
     p.add_argument("--subnets", type=positive, help="S: different subnetworks [workers; 4 without torchrun]")
@@ -134,10 +136,12 @@ def parse(argv):
 def coverage_to_held(text, n_subnets):
     """k of a coverage k/S given as a number or a fraction."""
     if text is None:
-        return math.ceil(Fraction(3, 4) * n_subnets)
-    for held in range(1, n_subnets + 1):
-        with suppress(ValueError, ZeroDivisionError):
-            if abs(Fraction(text) * n_subnets - held) < Fraction(1, 1000):  # 0.33 is not 1/3, but 0.3333 is
+        return math.ceil(3 * n_subnets / 4)
+    top, _, bottom = text.partition("/")
+    with suppress(ValueError, ZeroDivisionError):
+        coverage = float(top) / float(bottom or 1)
+        for held in range(1, n_subnets + 1):
+            if abs(coverage * n_subnets - held) < 1e-3:              # 0.33 is not 1/3, but 0.3333 is
                 return held
     raise UserError(f"--coverage {text} is none of k/{n_subnets}, with k from 1 to {n_subnets}")
 
@@ -189,7 +193,7 @@ def train(args, device):
     agree({**vars(args), "version of torch": torch.__version__, "code": hashlib.sha256(code).hexdigest(),
            "checkpoint": checkpoint.get("checksum"), "contents of --data": dataset.digest,
            "masks": data.fingerprint(mask.numpy() for mask in design.masks.values())})
-    first_rank_first(claim_out_dir, args, start)
+    first_rank_first(claim_out_dir, args)
     describe(design, dataset, saved, device)
     batch = dataset.batch("train", 0, 0, 1)                          # for its shape
     flops, full_flops = measure_workers(design, full, batch)         # of one micro-step
@@ -200,6 +204,7 @@ def train(args, device):
 
     # This process's worker (without torchrun all of them), and the optimizer of what it trains
     sync, optimizer = build(design, device, checkpoint)
+    first_rank_first(begin_metrics, args, start)                     # now that nothing is known to be wrong
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     flops_done = saved.get("flops", 0)
     lost = 0                                                         # the last so many updates
@@ -241,11 +246,13 @@ def train(args, device):
                     f"{dataset.unit}_per_s": speed, "sent_bytes": sent_bytes, "peak_mem_bytes": peak,
                     "flops": flops_done, "skipped": now - updates}
             left = (time.perf_counter() - started) / (now - start) * (steps - now)
-            say(f"step {now:5}/{steps}  loss {loss:.4f}  {ms:6.0f} ms/step  {speed:8.0f} {dataset.unit}/s  "
-                f"{left / 60:5.1f} min left")
+            text = (f"step {now:5}/{steps}  loss {loss:.4f}  {ms:6.0f} ms/step  "
+                    f"{speed:8.0f} {dataset.unit}/s  {left / 60:5.1f} min left")
             if evaluates:
                 line |= evaluate(sync, full, dataset, design.family.module.loss, autocast)
-            first_rank_first(log, out_dir / "metrics.jsonl", line)
+                text += (f"\n{'':18}full model: validation loss {line['val_loss']:.4f} nats, "
+                         f"accuracy {line['val_acc']:.2%}")
+            first_rank_first(report, text, out_dir / "metrics.jsonl", line)
         if saves:
             config = {**vars(args), **asdict(design.config), "data_digest": dataset.digest,
                       "flops": flops_done}
@@ -429,9 +436,7 @@ def describe(design, dataset, saved, device):
     workers = f"{WORLD} workers" if DISTRIBUTED else f"{args.subnets} workers simulated in this process"
     say(f"{args.model} on {args.data}{synthetic}, {args.parallel}, {workers}, {device.type}, {args.dtype}; "
         f"validation: {dataset.validation}")
-    flags = ("parallel", "masking", "level", "coverage", "subnets", "steps", "flop_match", "seed",
-             "batch_size", "seq_len", "grad_accum", "lr", "dtype", "reduce_dtype")
-    changed = [f"--{flag.replace('_', '-')} {vars(args)[flag]} (was {saved[flag]})" for flag in flags
+    changed = [f"--{flag.replace('_', '-')} {vars(args)[flag]} (was {saved[flag]})" for flag in FLAGS
                if saved and saved[flag] != vars(args)[flag]]
     if changed:
         say(f"not as it was before --resume: {', '.join(changed)}")
@@ -511,7 +516,7 @@ def estimate_statistics(sync, full, dataset, autocast):
 
 @torch.no_grad()
 def evaluate(sync, full, dataset, loss_of, autocast):
-    """Says and returns val_loss of the full model, in nats per token or image, and val_acc."""
+    """-> val_loss of the full model, in nats per token or image, and val_acc"""
     sums = torch.zeros(3, dtype=torch.float64, device=sync.device)   # losses, right answers, all answers
     with autocast:
         for outputs, y in run_full_model(sync, full, dataset, "val", dataset.val_count):
@@ -521,7 +526,6 @@ def evaluate(sync, full, dataset, loss_of, autocast):
     if DISTRIBUTED:
         dist.all_reduce(sums)
     loss, accuracy = (sums[:2] / sums[2]).tolist()
-    say(f"{'':18}full model: validation loss {loss:.4f} nats, accuracy {accuracy:.2%}")
     return {"val_loss": loss, "val_acc": accuracy}
 
 
@@ -541,12 +545,16 @@ def sample(args, count=200):
     if not checkpoint:
         raise UserError(f"--sample needs --resume and a checkpoint in --out-dir {args.out_dir}")
     saved = checkpoint["config"]
+    if args.model not in (None, saved["model"]):
+        raise UserError(f"--model {args.model} contradicts the checkpoint, which has {saved['model']}")
     if FAMILIES[saved["model"]] is not TEXT:
         raise UserError(f"--sample prints text, and the checkpoint's model, {saved['model']}, reads images")
     encoding = data.encoding_for(saved["vocab_size"])
     device, _ = pick_device(args.device)
     with torch.device("meta"):
         model = llama.Llama(replace(llama.PRESETS[saved["model"]], vocab_size=saved["vocab_size"]))
+    if kinds(checkpoint.get("model")) != kinds(model.state_dict()):
+        raise UserError("the checkpoint's model has other names, shapes or types than it should")
     model.load_state_dict(checkpoint["model"], assign=True)
     tokens = torch.tensor([encoding.encode_ordinary(args.sample) or [10]], device=device)
     rng = torch.Generator(device).manual_seed(0)
@@ -555,8 +563,13 @@ def sample(args, count=200):
 
 # -- The out-dir, and checkpoints: always of the full model, so that any workers can go on with any -
 
-def claim_out_dir(args, start):
-    """Rank 0 takes the out-dir for a run that begins after step `start`."""
+def old_files(out_dir):
+    paths = [out_dir / name for name in ("metrics.jsonl", "ckpt.pt", "ckpt.prev.pt")]
+    return [path for path in paths if path.exists()]
+
+
+def claim_out_dir(args):
+    """Rank 0 takes the out-dir, so that no other run does."""
     global LOCK
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -565,24 +578,30 @@ def claim_out_dir(args, start):
         fcntl.flock(LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another run is at work in {out_dir}: wait, or take another --out-dir") from None
-    metrics, part = out_dir / "metrics.jsonl", out_dir / "metrics.part"
-    old = [file for file in (out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt", metrics) if file.exists()]
-    if any(file.stat().st_size for file in old) and not (args.resume or args.overwrite):
+    used = any(file.stat().st_size for file in old_files(out_dir))
+    if used and not (args.resume or args.overwrite):
         raise UserError(f"{out_dir} already holds a run: --resume goes on with it, --overwrite replaces it, "
                         f"another --out-dir leaves it alone")
+
+
+def begin_metrics(args, start):
+    """Drops from metrics.jsonl what comes after step `start`, which is done again; or the whole old run."""
+    out_dir = Path(args.out_dir)
+    metrics, part = out_dir / "metrics.jsonl", out_dir / "metrics.part"
     if args.overwrite:
-        for file in old:
+        for file in old_files(out_dir):
             file.unlink()
     lines = metrics.read_bytes().splitlines(True) if metrics.exists() else []
     with open(part, "wb") as f:
         for line in lines:
             with suppress(ValueError, KeyError, TypeError):          # a crash leaves bytes of any kind
-                if json.loads(line)["step"] <= start:                # later steps are done again
+                if json.loads(line)["step"] <= start:
                     f.write(line)
     os.replace(part, metrics)
 
 
-def log(path, line):
+def report(text, path, line):
+    say(text)
     line = {name: None if x is None or not math.isfinite(x) else x for name, x in line.items()}
     with open(path, "a") as f:
         f.write(json.dumps(line) + "\n")                             # JSON knows no NaN
@@ -652,7 +671,8 @@ def open_checkpoint(out_dir):
                 if file.read(2) == b"PK":                            # an archive, as ours are
                     continue
         config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
-        if not isinstance(config, dict) or config.get("model") not in DEFAULTS or "mask_seed" not in config:
+        wanted = {*FLAGS, "mask_seed", "data", "data_digest", "flops"}
+        if not isinstance(config, dict) or config.get("model") not in DEFAULTS or wanted - config.keys():
             raise UserError(f"{path} is not a checkpoint of this program: move it, or change --out-dir")
         if path != paths[0]:
             say(f"warning: {paths[0]} is damaged, going on from {path}")
@@ -691,7 +711,7 @@ def check_checkpoint(checkpoint, design, full, dataset):
 
 # -- The processes ---------------------------------------------------------------------------------
 
-DISTRIBUTED = dist.is_torchelastic_launched()                        # by torchrun
+DISTRIBUTED = dist.is_torchelastic_launched() and "RANK" in os.environ  # by torchrun
 RANK = int(os.environ["RANK"]) if DISTRIBUTED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if DISTRIBUTED else 1
 STOP = False                        # somebody wants this machine back
@@ -804,7 +824,8 @@ def run(main):
                 raise UserError(f"rank {RANK} lost the other workers: {str(e).splitlines()[0]}") from e
             raise
 
-    sys.stdout.reconfigure(errors="replace")                         # not every terminal can show the masks
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")                     # not every terminal can show the masks
     code = data.run_program(this_rank)
     if code:
         os._exit(code)                                               # threads of dead connections would wait

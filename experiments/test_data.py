@@ -192,9 +192,9 @@ def test_the_digest_is_of_contents_not_of_names(tmp_path):
             splits[split][change][-1] ^= 1
             digests.append(data.Images("shapes", splits, 7, 0).digest)
     assert len(set(digests)) == len(digests) and shapes_data(3, 5).digest in digests
-    large = np.random.default_rng(0).integers(65536, size=1_000_000).astype(np.uint16)
+    large = np.random.default_rng(0).integers(65536, size=3_000_000).astype(np.uint16)
     before = data.fingerprint([large])
-    large[500_000:520_000] += 1                            # longer than what is left out between two windows
+    large[2_500_000] += 1                                  # one token in any piece
     assert data.fingerprint([large]) != before
 
 
@@ -635,10 +635,23 @@ def test_control_c_is_one_line_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_pipe_is_no_shard_and_no_file_overwrites_itself(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo.bin")
+    with pytest.raises(data.UserError, match="fifo.bin is a pipe"):
+        data.load(str(tmp_path / "fifo.bin"), 2, 16, 0)
+    monkeypatch.chdir(tmp_path)
+    for name in "mine_train.bin", "mine_val.bin":
+        Path(name).write_text("some text")
+        with pytest.raises(data.UserError, match="--out mine would overwrite a FILE"):
+            data.tokenise([str(tmp_path / name)], "mine", 256)
+        assert Path(name).read_text() == "some text"
+
+
 def test_run_program_says_one_line(monkeypatch, capsys):
     monkeypatch.delenv("SDP_TRACEBACK", raising=False)
     cases = [(data.UserError("a\nb"), 2, "a b"), (OSError(28, "No space"), 2, "[Errno 28] No space"),
              (MemoryError(), 2, "MemoryError"), (torch.OutOfMemoryError("CUDA"), 2, "CUDA"),
+             (RuntimeError("you can't allocate memory"), 2, "you can't allocate memory"),
              (KeyboardInterrupt(), 130, "KeyboardInterrupt")]
     for wrong, code, said in cases:
         def main():
@@ -648,7 +661,8 @@ def test_run_program_says_one_line(monkeypatch, capsys):
     data.run_program(main)
     assert re.fullmatch("(?s)Traceback.*\nerror: KeyboardInterrupt\n", capsys.readouterr().err)
 
-    def ours():
-        raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError):                 # a fault of the program is not the user's
-        data.run_program(ours)
+    for fault in ZeroDivisionError, RuntimeError:          # a fault of the program is not the user's
+        def ours():
+            raise fault
+        with pytest.raises(fault):
+            data.run_program(ours)

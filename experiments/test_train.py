@@ -605,12 +605,13 @@ BAD = [
      "resnet18 cannot read --data /.*: resnet18 reads images .cifar10, cifar100, shapes"),
     (["--data", "cifar10"], "llama-tiny cannot read --data cifar10"),
 ]
-for value in "0", "9/8", "1e9", "-1/2", "1/0", "nan", "inf", "", "half", "0.0002":
+for value in "0", "9/8", "1e9", "-1/2", "1/0", "nan", "inf", "", "half", "0.0002", "1e999999999":
     BAD.append(([f"--coverage={value}"], "none of k/4, with k from 1 to 4"))
 for flag in ("subnets", "steps", "batch-size", "seq-len", "grad-accum", "timeout",
              "eval-every", "save-every", "log-every"):
     for value in "0", "-1":
         BAD.append(([f"--{flag}", value], f"--{flag}: must be at least 1"))
+BAD.append((["--timeout", "1" + "0" * 15], "--timeout: must be at least 1 and at most"))
 for flag in "seed", "steps", "batch-size", "grad-accum", "timeout":
     BAD.append(([f"--{flag}", "1.5"], f"--{flag}: invalid"))
 for value in "nan", "inf", "0", "-1", "1e38":
@@ -751,6 +752,8 @@ WRONG = {
     "an unknown model": edited("config", lambda c: {**c, "model": "gpt5"}),
     "no flags": edited("config", lambda c: {"model": c["model"]}),
     "no dict as config": edited("config", lambda c: 3),
+    "a flag is missing": edited("config", without("reduce_dtype")),
+    "no digest of the data": edited("config", without("data_digest")),
 }
 
 
@@ -765,11 +768,13 @@ def test_a_checkpoint_that_loads_but_is_wrong_is_one_line(tmp_path):
         with pytest.raises(data.UserError, match="checkpoint") as caught:
             train.main(flags(tmp_path, "--resume", "--subnets", 2, steps=4))
         assert "\n" not in str(caught.value), what
-        if what in ("no model's name", "no flags"):
+        if what in ("a name is missing", "another shape", "no dict", "no model's name", "no flags"):
             with pytest.raises(data.UserError, match="checkpoint"):
                 train.main(flags(tmp_path, "--resume", "--sample", "x"))
     path.write_bytes(raw)
     train.main(flags(tmp_path, "--resume", "--subnets", 2, steps=4))
+    with pytest.raises(data.UserError, match="--model resnet18 contradicts the checkpoint"):
+        train.main(["--resume", "--out-dir", str(tmp_path / "out"), "--model", "resnet18", "--sample", "x"])
 
 
 def test_wrong_masks_in_a_checkpoint_are_not_used(tmp_path, capsys):
@@ -794,6 +799,13 @@ def test_an_out_dir_with_a_run_is_left_alone(tmp_path, monkeypatch):
     refused(tmp_path, "already holds a run: --resume goes on with it, --overwrite replaces it")
     monkeypatch.setitem(sdp.MASKS, "own", nobody_holds_neuron_0)
     refused(tmp_path, "no subnet holds neuron 0", "--overwrite", "--level", "own")
+    assert metrics.read_text() == "precious"
+
+    def too_large(*_):
+        raise MemoryError("too little memory")
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(train, "build", too_large)
+        train.main(flags(tmp_path, "--overwrite"))
     assert metrics.read_text() == "precious"
     (tmp_path / "file").write_text("")
     for out in "file", "file/out":
