@@ -34,6 +34,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch.nn.functional import linear, rms_norm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
@@ -74,6 +75,7 @@ class Row:
     ends: bool = False          # all subnets hold the first and the last block
     warmup: float = 0.2         # part of the run in which the learning rate rises
     zero_init: bool = False     # o_proj and down_proj begin with zeros, whatever the scale
+    finish: float = 0.0         # the last part of the updates is done under backward masking
     lr_of: str = ""             # the row whose learning rate this one takes; "": it has its own search
 
 
@@ -116,6 +118,9 @@ def rows():
     out["ddp-zero-init-warmup-5"] = Row(zero_init=True, warmup=0.05)
     zeros = Row(level="block", held=6, flops=True, zero_init=True, warmup=0.05)
     out["block-6-zero-init-warmup-5-flops"] = zeros
+    for row in block, neuron:
+        for percent in 10, 20:
+            out[f"{row.level}-6-finish-{percent}-flops"] = replace(row, finish=percent / 100)
     out["resnet-ddp"] = Row("resnet", batch=8)
     for level in "block", "neuron":
         out[f"resnet-{level}-6-flops"] = Row("resnet", level, 6, flops=True, batch=8)
@@ -159,11 +164,13 @@ def masks_of(row, branches, seed, drawing):
 # ------------------------------------------------------------------------------------------------------------
 
 class Dense:
-    """All workers of forward masking in one pass of the full model.  Here it is quicker than a pass for each.
+    """All workers in one pass of the full LLaMA.  Here it is quicker than a pass for each.
 
-    Each worker has its rows of the batch.  There, before a branch adds up its neurons, a factor multiplies
-    each of them: 0 if the worker does not hold the neuron, else the branch's scale.  This saves no FLOPs.
-    It computes what sdp.Simulation computes: see the tests.  Without masks it is plain data parallelism.
+    Each worker has its rows of the batch.  Under forward masking, before a branch adds up its neurons, a
+    factor multiplies each of them there: 0 if the worker does not hold the neuron, else the branch's scale.
+    Under backward masking each weight is applied twice: where the worker holds it, and, detached, where it
+    does not.  This saves no FLOPs.  It computes what sdp.Simulation computes: see the tests.  Without masks
+    it is plain data parallelism.
     """
 
     def __init__(self, config, workers, seed):
@@ -174,21 +181,34 @@ class Dense:
         for name, p in self.parameters.items():
             p.data.copy_(value(name))
         self.factors = None                                          # or {branch: [workers, neurons]}
-        for branch in llama.branches(config):
-            last = "o_proj" if branch.endswith("self_attn") else "down_proj"
-            adds_up = self.model.get_submodule(f"{branch}.{last}")
-            adds_up.register_forward_pre_hook(partial(self._multiply, branch))
+        self.backward = False
+        for name, (branch, dim, _) in self.layout.items():
+            if branch is not None:
+                module = self.model.get_submodule(name.removesuffix(".weight"))
+                module.register_forward_hook(partial(self._mask, branch, dim))
 
-    def _multiply(self, branch, _, inputs):
+    def _mask(self, branch, dim, module, inputs, output):
+        """What a module of a branch gives where each worker has its neurons.  A hook after its forward."""
         if self.factors is None:
             return None
-        x, = inputs                                  # [workers * B, T, neurons * numbers of a neuron]
-        workers, neurons = self.factors[branch].shape
-        split = x.view(workers, len(x) // workers, x.shape[1], neurons, x.shape[2] // neurons)
-        return (split * self.factors[branch][:, None, None, :, None]).view(x.shape)
+        x, = inputs                                                  # [workers * B, T, width]
+        factors = self.factors[branch]
+        if dim is None:                                              # a norm: held with any neuron
+            factors = factors.amax(1, keepdim=True)
+        width = {0: output.shape[2], 1: x.shape[2], None: 1}[dim]    # the neurons lie along it
+        factors = factors.repeat_interleave(width // factors.shape[1], 1)
+        factors = factors.repeat_interleave(len(x) // len(factors), 0)[:, None]  # [workers * B, 1, width]
+        weight, frozen = module.weight, module.weight.detach()
+        if not self.backward:
+            return linear(x * factors, weight) if dim == 1 else None
+        if dim == 1:
+            return linear(x * factors, weight) + linear(x * (1 - factors), frozen)
+        other = linear(x, frozen) if dim == 0 else rms_norm(x, frozen.shape, frozen, module.eps)
+        return output * factors + other * (1 - factors)
 
-    def use(self, masks, scaled):
+    def use(self, masks, scaled, backward=False):
         """Sets who holds what, from the next update on."""
+        self.backward = backward
         n_subnets = next(iter(masks.values())).shape[1]
         subnet_of = torch.arange(self.workers) % n_subnets
         scales = [dict.fromkeys(masks, 1.0)] * n_subnets
@@ -247,7 +267,7 @@ class Dense:
 
 
 class Simulated:
-    """The same interface around sdp.Simulation: for backward masking and ResNets."""
+    """The same interface around sdp.Simulation: for ResNets."""
 
     def __init__(self, row, config, seed):
         self.row, self.family = row, FAMILY[row.model]
@@ -347,16 +367,18 @@ def train(row, updates, seed, lr, dataset, report):
     flops = flops_of(row, masks)
     if row.draw == "coin":                                           # as many as balanced ones on average
         flops = flops_of(row, masks_of(replace(row, draw="balanced"), branches, seed, 0))
+    if row.finish:
+        flops += row.finish * (flops_of(replace(row, backward=True), masks) - flops)  # mean of all updates
     plain = rows()["resnet-ddp" if row.model == "resnet" else "ddp"]
     plain = replace(plain, batch=row.batch)
     ddp_flops = flops_of(plain, everything(FAMILY[row.model].branches(config_of(plain))))
     steps = round(updates * ddp_flops / flops) if row.flops else updates
-    if row.backward or row.model == "resnet":
+    if row.model == "resnet":
         workers = Simulated(row, config, seed)
     else:
         workers = Dense(config, row.workers, seed)
     if row.level:
-        workers.use(masks, row.scaled)
+        workers.use(masks, row.scaled and not row.backward, row.backward)
     parameters = list(workers.parameters.values())
     with torch.no_grad():
         for name, p in workers.parameters.items():
@@ -372,6 +394,8 @@ def train(row, updates, seed, lr, dataset, report):
         began = time.perf_counter()
         if row.redraw and step and step % row.redraw == 0:
             workers.use(masks_of(row, branches, seed, step // row.redraw), row.scaled)
+        if row.finish and step == round(steps * (1 - row.finish)):
+            workers.use(masks, False, backward=True)
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, steps, lr, row.warmup)
         workers.update([dataset.batch("train", step, worker, row.workers) for worker in range(row.workers)])
