@@ -12,10 +12,11 @@ Each run appends one line to experiments/results/quality.jsonl.  The script does
 there.  So you can stop it at any time, and start it again to go on.
 
 The rules are the same for every row.  The script searches the learning rate on seed 0, for each length.  It
-goes in steps of a factor 2, until both neighbours of the best rate are worse.  All seeds use the best.  A
-length of N updates means N updates of plain data parallelism.  A row whose name ends in -flops gets
-more updates: as many as its workers, on average, can do with the same FLOPs.  Its schedule is as much
-longer.  All workers have batches of the same size.
+begins at the best rate of the shorter length, and goes in steps of a factor 2, until both neighbours of the
+best rate are worse.  All seeds use the best.  A length of N updates means N updates of plain data
+parallelism.  A row whose name ends in -flops gets more updates: as many as its workers, on average, can do
+with the same FLOPs.  Its schedule is as much longer.  In most rows all workers together have 16 sequences
+an update; batch-x4 means four times as many.
 
 Rows called resnet-... are ResNet-18s of a quarter of the usual width, on synthetic images (`shapes`).  All
 others are LLaMAs, most of eight layers, on the source of Python's standard library, byte by byte.
@@ -101,6 +102,8 @@ def rows():
     for factor in 2, 4:
         for level in "block", "neuron":
             out[f"{level}-6-batch-x{factor}-flops"] = Row(level=level, held=6, flops=True, batch=2 * factor)
+        out[f"small-6-layers-batch-x{factor}-flops"] = Row(layers=6, flops=True, batch=2 * factor)
+        out[f"ddp-6-workers-batch-x{factor}-flops"] = Row(workers=6, flops=True, batch=2 * factor)
     block = Row(level="block", held=6, flops=True, lr_of="block-6-flops")
     changes = {"random": dict(draw="random"), "random-redraw-20": dict(draw="random", redraw=20),
                "random-redraw-1": dict(draw="random", redraw=1), "subnets-4": dict(subnets=4, held=3),
@@ -485,9 +488,12 @@ def search(done, first):
 def searched(table, name, results, updates):
     """-> whose search the row `name` uses, the best learning rate so far, the next one to try or None."""
     source = table[name].lr_of or name
-    done = {lr: loss for (seed, lr), loss in losses(results, source, updates).items() if seed == 0}
-    best, more = search(done, FIRST_LR[table[source].model])
-    return source, best, more
+    best = FIRST_LR[table[source].model]
+    for length in sorted({r["updates"] for r in results if r["row"] == source} | {updates}):
+        done = {lr: loss for (seed, lr), loss in losses(results, source, length).items() if seed == 0}
+        best, more = search(done, best)                              # begins at the shorter length's best
+        if length == updates:
+            return source, best, more
 
 
 def missing_runs(table, names, args, results):
