@@ -71,7 +71,7 @@ class Row:
     workers: int = WORKERS
     batch: int = 2              # sequences or images of each worker in an update
     layers: int = 8
-    draw: str = "balanced"      # random: any k holders; coin: each subnet is one with probability k/S
+    draw: str = "balanced"      # random: any k holders; coin: stochastic depth, see Dense.use
     redraw: int = 0             # new masks after every so many updates; 0: never
     ends: bool = False          # all subnets hold the first and the last block
     warmup: float = 0.2         # part of the run in which the learning rate rises
@@ -209,20 +209,26 @@ class Dense:
         other = linear(x, frozen) if dim == 0 else rms_norm(x, frozen.shape, frozen, module.eps)
         return output * factors + other * (1 - factors)
 
-    def use(self, masks, scaled, backward=False):
-        """Sets who holds what, from the next update on."""
+    def use(self, masks, scaled, backward=False, coin=None):
+        """Sets who holds what, from the next update on.
+
+        coin: under stochastic depth, the probability with which a worker runs a block.  A block that runs is
+        multiplied by 1/coin, and gradients are means over all workers.
+        """
         self.backward = backward
         n_subnets = next(iter(masks.values())).shape[1]
         subnet_of = torch.arange(self.workers) % n_subnets
         scales = [dict.fromkeys(masks, 1.0)] * n_subnets
         if scaled:
             scales = [sdp.branch_scales(masks, subnet) for subnet in range(n_subnets)]
+        if coin:
+            scales = [dict.fromkeys(masks, 1 / coin)] * n_subnets
         self.factors, self.holders = {}, {}
         for branch, mask in masks.items():
             scale = torch.tensor([scales[subnet][branch] for subnet in range(n_subnets)])
             self.factors[branch] = (mask * scale).T[subnet_of]
         for name, (branch, dim, shape) in self.layout.items():
-            if branch is None:
+            if branch is None or coin:
                 holders = torch.tensor(self.workers)
             else:
                 held = masks[branch][:, subnet_of]                   # [neurons, workers]
@@ -231,7 +237,7 @@ class Dense:
                 else:
                     holders = held.sum(1).repeat_interleave(shape[dim] // len(held))
                     holders = holders.view([-1 if d == dim else 1 for d in range(len(shape))])
-            self.holders[name] = holders.clamp(min=1)                # coins may leave a block to nobody
+            self.holders[name] = holders
 
     def update(self, batches):
         """Makes the gradients, averaged over the holders.  Returns the mean loss.  batches: one a worker."""
@@ -277,9 +283,9 @@ class Simulated:
         self.model = self.family.Llama(config) if row.model == "llama" else self.family.ResNet(config)
         self.layout = self.family.layout(config)
         self.value = sdp.fresh(self.layout, partial(self.family.init, config), seed)
-        self.use(everything(self.family.branches(config)), False)
+        self.use(everything(self.family.branches(config)))
 
-    def use(self, masks, scaled):
+    def use(self, masks):
         n_subnets = next(iter(masks.values())).shape[1]
         modules = [subnetwork(self.row, sdp.held_counts(masks, s)) for s in range(n_subnets)]
         self.sync = sdp.Simulation(modules, masks, self.layout, self.value, self.row.workers)
@@ -333,7 +339,10 @@ def flops_of_worker(row, held):
     shape = (row.batch, 3, 32, 32) if row.model == "resnet" else (row.batch, SEQ_LEN)
     x = torch.zeros(shape, dtype=torch.float32 if row.model == "resnet" else torch.int64)
     y = torch.zeros(shape[:1] if row.model == "resnet" else shape, dtype=torch.int64)
-    return measure_flops(subnetwork(row, dict(held)), (x, y))
+    module = subnetwork(row, dict(held))
+    for name, p in module.named_parameters():
+        p.requires_grad_(".rest." not in name)                       # frozen weights cost fewer FLOPs
+    return measure_flops(module, (x, y))
 
 
 def flops_of(row, masks):
@@ -380,8 +389,11 @@ def train(row, updates, seed, lr, dataset, report):
         workers = Simulated(row, config, seed)
     else:
         workers = Dense(config, row.workers, seed)
-    if row.level:
-        workers.use(masks, row.scaled and not row.backward, row.backward)
+    coin = row.held / row.subnets if row.draw == "coin" else None
+    if row.level and row.model == "resnet":
+        workers.use(masks)
+    elif row.level:
+        workers.use(masks, row.scaled and not row.backward, row.backward, coin)
     parameters = list(workers.parameters.values())
     with torch.no_grad():
         for name, p in workers.parameters.items():
@@ -396,7 +408,7 @@ def train(row, updates, seed, lr, dataset, report):
     for step in range(steps):
         began = time.perf_counter()
         if row.redraw and step and step % row.redraw == 0:
-            workers.use(masks_of(row, branches, seed, step // row.redraw), row.scaled)
+            workers.use(masks_of(row, branches, seed, step // row.redraw), row.scaled, coin=coin)
         if row.finish and step == round(steps * (1 - row.finish)):
             workers.use(masks, False, backward=True)
         for group in optimizer.param_groups:
