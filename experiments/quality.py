@@ -12,10 +12,11 @@ Each run appends one line to experiments/results/quality.jsonl.  The script does
 there.  So you can stop it at any time, and start it again to go on.
 
 The rules are the same for every row.  The script searches the learning rate on seed 0, for each length.  It
-goes in steps of a factor 2, until both neighbours of the best rate are worse.  All seeds use the best.  A
-length of N updates means N updates of plain data parallelism.  A row whose name ends in -flops gets
-more updates: as many as its workers, on average, can do with the same FLOPs.  Its schedule is as much
-longer.  All workers have batches of the same size.
+begins at the best rate of the shorter length, and goes in steps of a factor 2, until both neighbours of the
+best rate are worse.  All seeds use the best.  A length of N updates means N updates of plain data
+parallelism.  A row whose name ends in -flops gets more updates: as many as its workers, on average, can do
+with the same FLOPs.  Its schedule is as much longer.  In most rows all workers together have 16 sequences
+an update; batch-x4 means four times as many.
 
 Rows called resnet-... are ResNet-18s of a quarter of the usual width, on synthetic images (`shapes`).  All
 others are LLaMAs, most of eight layers, on the source of Python's standard library, byte by byte.
@@ -34,6 +35,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch.nn.functional import linear, rms_norm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
@@ -69,11 +71,12 @@ class Row:
     workers: int = WORKERS
     batch: int = 2              # sequences or images of each worker in an update
     layers: int = 8
-    draw: str = "balanced"      # random: any k holders; coin: each subnet is one with probability k/S
+    draw: str = "balanced"      # random: any k holders; coin: stochastic depth, see Dense.use
     redraw: int = 0             # new masks after every so many updates; 0: never
     ends: bool = False          # all subnets hold the first and the last block
     warmup: float = 0.2         # part of the run in which the learning rate rises
     zero_init: bool = False     # o_proj and down_proj begin with zeros, whatever the scale
+    finish: float = 0.0         # the last part of the updates is done under backward masking
     lr_of: str = ""             # the row whose learning rate this one takes; "": it has its own search
 
 
@@ -99,6 +102,8 @@ def rows():
     for factor in 2, 4:
         for level in "block", "neuron":
             out[f"{level}-6-batch-x{factor}-flops"] = Row(level=level, held=6, flops=True, batch=2 * factor)
+        out[f"small-6-layers-batch-x{factor}-flops"] = Row(layers=6, flops=True, batch=2 * factor)
+        out[f"ddp-6-workers-batch-x{factor}-flops"] = Row(workers=6, flops=True, batch=2 * factor)
     block = Row(level="block", held=6, flops=True, lr_of="block-6-flops")
     changes = {"random": dict(draw="random"), "random-redraw-20": dict(draw="random", redraw=20),
                "random-redraw-1": dict(draw="random", redraw=1), "subnets-4": dict(subnets=4, held=3),
@@ -116,6 +121,9 @@ def rows():
     out["ddp-zero-init-warmup-5"] = Row(zero_init=True, warmup=0.05)
     zeros = Row(level="block", held=6, flops=True, zero_init=True, warmup=0.05)
     out["block-6-zero-init-warmup-5-flops"] = zeros
+    for row in block, neuron:
+        for percent in 10, 20:
+            out[f"{row.level}-6-finish-{percent}-flops"] = replace(row, finish=percent / 100)
     out["resnet-ddp"] = Row("resnet", batch=8)
     for level in "block", "neuron":
         out[f"resnet-{level}-6-flops"] = Row("resnet", level, 6, flops=True, batch=8)
@@ -159,11 +167,13 @@ def masks_of(row, branches, seed, drawing):
 # ------------------------------------------------------------------------------------------------------------
 
 class Dense:
-    """All workers of forward masking in one pass of the full model.  Here it is quicker than a pass for each.
+    """All workers in one pass of the full LLaMA.  Here it is quicker than a pass for each.
 
-    Each worker has its rows of the batch.  There, before a branch adds up its neurons, a factor multiplies
-    each of them: 0 if the worker does not hold the neuron, else the branch's scale.  This saves no FLOPs.
-    It computes what sdp.Simulation computes: see the tests.  Without masks it is plain data parallelism.
+    Each worker has its rows of the batch.  Under forward masking, before a branch adds up its neurons, a
+    factor multiplies each of them there: 0 if the worker does not hold the neuron, else the branch's scale.
+    Under backward masking each weight is applied twice: where the worker holds it, and, detached, where it
+    does not.  This saves no FLOPs.  It computes what sdp.Simulation computes: see the tests.  Without masks
+    it is plain data parallelism.
     """
 
     def __init__(self, config, workers, seed):
@@ -174,32 +184,51 @@ class Dense:
         for name, p in self.parameters.items():
             p.data.copy_(value(name))
         self.factors = None                                          # or {branch: [workers, neurons]}
-        for branch in llama.branches(config):
-            last = "o_proj" if branch.endswith("self_attn") else "down_proj"
-            adds_up = self.model.get_submodule(f"{branch}.{last}")
-            adds_up.register_forward_pre_hook(partial(self._multiply, branch))
+        self.backward = False
+        for name, (branch, dim, _) in self.layout.items():
+            if branch is not None:
+                module = self.model.get_submodule(name.removesuffix(".weight"))
+                module.register_forward_hook(partial(self._mask, branch, dim))
 
-    def _multiply(self, branch, _, inputs):
+    def _mask(self, branch, dim, module, inputs, output):
+        """What a module of a branch gives where each worker has its neurons.  A hook after its forward."""
         if self.factors is None:
             return None
-        x, = inputs                                  # [workers * B, T, neurons * numbers of a neuron]
-        workers, neurons = self.factors[branch].shape
-        split = x.view(workers, len(x) // workers, x.shape[1], neurons, x.shape[2] // neurons)
-        return (split * self.factors[branch][:, None, None, :, None]).view(x.shape)
+        x, = inputs                                                  # [workers * B, T, width]
+        factors = self.factors[branch]
+        if dim is None:                                              # a norm: held with any neuron
+            factors = factors.amax(1, keepdim=True)
+        width = {0: output.shape[2], 1: x.shape[2], None: 1}[dim]    # the neurons lie along it
+        factors = factors.repeat_interleave(width // factors.shape[1], 1)
+        factors = factors.repeat_interleave(len(x) // len(factors), 0)[:, None]  # [workers * B, 1, width]
+        weight, frozen = module.weight, module.weight.detach()
+        if not self.backward:
+            return linear(x * factors, weight) if dim == 1 else None
+        if dim == 1:
+            return linear(x * factors, weight) + linear(x * (1 - factors), frozen)
+        other = linear(x, frozen) if dim == 0 else rms_norm(x, frozen.shape, frozen, module.eps)
+        return output * factors + other * (1 - factors)
 
-    def use(self, masks, scaled):
-        """Sets who holds what, from the next update on."""
+    def use(self, masks, scaled, backward=False, coin=None):
+        """Sets who holds what, from the next update on.
+
+        coin: under stochastic depth, the probability with which a worker runs a block.  A block that runs is
+        multiplied by 1/coin, and gradients are means over all workers.
+        """
+        self.backward = backward
         n_subnets = next(iter(masks.values())).shape[1]
         subnet_of = torch.arange(self.workers) % n_subnets
         scales = [dict.fromkeys(masks, 1.0)] * n_subnets
         if scaled:
             scales = [sdp.branch_scales(masks, subnet) for subnet in range(n_subnets)]
+        if coin:
+            scales = [dict.fromkeys(masks, 1 / coin)] * n_subnets
         self.factors, self.holders = {}, {}
         for branch, mask in masks.items():
             scale = torch.tensor([scales[subnet][branch] for subnet in range(n_subnets)])
             self.factors[branch] = (mask * scale).T[subnet_of]
         for name, (branch, dim, shape) in self.layout.items():
-            if branch is None:
+            if branch is None or coin:
                 holders = torch.tensor(self.workers)
             else:
                 held = masks[branch][:, subnet_of]                   # [neurons, workers]
@@ -208,7 +237,7 @@ class Dense:
                 else:
                     holders = held.sum(1).repeat_interleave(shape[dim] // len(held))
                     holders = holders.view([-1 if d == dim else 1 for d in range(len(shape))])
-            self.holders[name] = holders.clamp(min=1)                # coins may leave a block to nobody
+            self.holders[name] = holders
 
     def update(self, batches):
         """Makes the gradients, averaged over the holders.  Returns the mean loss.  batches: one a worker."""
@@ -247,16 +276,16 @@ class Dense:
 
 
 class Simulated:
-    """The same interface around sdp.Simulation: for backward masking and ResNets."""
+    """The same interface around sdp.Simulation: for ResNets."""
 
     def __init__(self, row, config, seed):
         self.row, self.family = row, FAMILY[row.model]
         self.model = self.family.Llama(config) if row.model == "llama" else self.family.ResNet(config)
         self.layout = self.family.layout(config)
         self.value = sdp.fresh(self.layout, partial(self.family.init, config), seed)
-        self.use(everything(self.family.branches(config)), False)
+        self.use(everything(self.family.branches(config)))
 
-    def use(self, masks, scaled):
+    def use(self, masks):
         n_subnets = next(iter(masks.values())).shape[1]
         modules = [subnetwork(self.row, sdp.held_counts(masks, s)) for s in range(n_subnets)]
         self.sync = sdp.Simulation(modules, masks, self.layout, self.value, self.row.workers)
@@ -310,7 +339,10 @@ def flops_of_worker(row, held):
     shape = (row.batch, 3, 32, 32) if row.model == "resnet" else (row.batch, SEQ_LEN)
     x = torch.zeros(shape, dtype=torch.float32 if row.model == "resnet" else torch.int64)
     y = torch.zeros(shape[:1] if row.model == "resnet" else shape, dtype=torch.int64)
-    return measure_flops(subnetwork(row, dict(held)), (x, y))
+    module = subnetwork(row, dict(held))
+    for name, p in module.named_parameters():
+        p.requires_grad_(".rest." not in name)                       # frozen weights cost fewer FLOPs
+    return measure_flops(module, (x, y))
 
 
 def flops_of(row, masks):
@@ -347,16 +379,21 @@ def train(row, updates, seed, lr, dataset, report):
     flops = flops_of(row, masks)
     if row.draw == "coin":                                           # as many as balanced ones on average
         flops = flops_of(row, masks_of(replace(row, draw="balanced"), branches, seed, 0))
+    if row.finish:
+        flops += row.finish * (flops_of(replace(row, backward=True), masks) - flops)  # mean of all updates
     plain = rows()["resnet-ddp" if row.model == "resnet" else "ddp"]
     plain = replace(plain, batch=row.batch)
     ddp_flops = flops_of(plain, everything(FAMILY[row.model].branches(config_of(plain))))
     steps = round(updates * ddp_flops / flops) if row.flops else updates
-    if row.backward or row.model == "resnet":
+    if row.model == "resnet":
         workers = Simulated(row, config, seed)
     else:
         workers = Dense(config, row.workers, seed)
-    if row.level:
-        workers.use(masks, row.scaled)
+    coin = row.held / row.subnets if row.draw == "coin" else None
+    if row.level and row.model == "resnet":
+        workers.use(masks)
+    elif row.level:
+        workers.use(masks, row.scaled and not row.backward, row.backward, coin)
     parameters = list(workers.parameters.values())
     with torch.no_grad():
         for name, p in workers.parameters.items():
@@ -371,7 +408,9 @@ def train(row, updates, seed, lr, dataset, report):
     for step in range(steps):
         began = time.perf_counter()
         if row.redraw and step and step % row.redraw == 0:
-            workers.use(masks_of(row, branches, seed, step // row.redraw), row.scaled)
+            workers.use(masks_of(row, branches, seed, step // row.redraw), row.scaled, coin=coin)
+        if row.finish and step == round(steps * (1 - row.finish)):
+            workers.use(masks, False, backward=True)
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, steps, lr, row.warmup)
         workers.update([dataset.batch("train", step, worker, row.workers) for worker in range(row.workers)])
@@ -461,9 +500,12 @@ def search(done, first):
 def searched(table, name, results, updates):
     """-> whose search the row `name` uses, the best learning rate so far, the next one to try or None."""
     source = table[name].lr_of or name
-    done = {lr: loss for (seed, lr), loss in losses(results, source, updates).items() if seed == 0}
-    best, more = search(done, FIRST_LR[table[source].model])
-    return source, best, more
+    best = FIRST_LR[table[source].model]
+    for length in sorted({r["updates"] for r in results if r["row"] == source} | {updates}):
+        done = {lr: loss for (seed, lr), loss in losses(results, source, length).items() if seed == 0}
+        best, more = search(done, best)                              # begins at the shorter length's best
+        if length == updates:
+            return source, best, more
 
 
 def missing_runs(table, names, args, results):

@@ -25,6 +25,8 @@ import sdp
     quality.Row(level="block", held=3, subnets=4),
     quality.Row(level="block", held=5, ends=True),
     quality.Row(level="neuron", held=4, draw="random"),
+    quality.Row(level="block", held=3, subnets=4, backward=True),
+    quality.Row(level="neuron", held=5, backward=True),
 ], ids=str)
 def test_one_dense_pass_is_the_simulation(row):
     """Dense shares no code with sdp.Simulation, which cuts real subnetworks out and runs them in turn."""
@@ -34,14 +36,14 @@ def test_one_dense_pass_is_the_simulation(row):
     batches = [tuple(torch.randint(256, (2, 2, 16), generator=rng)) for _ in range(8)]
 
     dense = quality.Dense(config, 8, seed=0)
-    dense.use(masks, row.scaled)
+    dense.use(masks, row.scaled and not row.backward, row.backward)
     mean = dense.update(batches)
 
     with torch.device("meta"):
         modules = []
         for subnet in range(row.subnets):
-            scales = sdp.branch_scales(masks, subnet) if row.scaled else None
-            modules.append(llama.Llama(config, sdp.held_counts(masks, subnet), False, scales))
+            scales = sdp.branch_scales(masks, subnet) if row.scaled and not row.backward else None
+            modules.append(llama.Llama(config, sdp.held_counts(masks, subnet), row.backward, scales))
     value = sdp.fresh(layout, partial(llama.init, config), 0)
     simulation = sdp.Simulation(modules, masks, layout, value, 8)
     total = 0.0
@@ -105,9 +107,10 @@ def text():
 
 
 @pytest.mark.parametrize("name", [
-    "backward-neuron-6", "block-6-random-redraw-1-flops", "stochastic-depth-6-flops"])
+    "backward-neuron-6", "block-6-random-redraw-1-flops", "stochastic-depth-6-flops",
+    "neuron-6-finish-20-flops"])
 def test_other_rows_learn(name, text):
-    """Backward masking, masks drawn anew, coins."""
+    """Backward masking, masks drawn anew, coins, forward then backward masking."""
     row = replace(quality.rows()[name], layers=2, flops=False)
     result = quality.train(row, 8, 0, 4e-3, text, print)
     assert result["val_loss"] < 5.2                                  # from log(256) = 5.55
