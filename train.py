@@ -601,6 +601,7 @@ def begin_metrics(args, start):
 
 
 def report(text, path, line):
+    """Prints the text, and adds a line to metrics.jsonl."""
     say(text)
     line = {name: None if x is None or not math.isfinite(x) else x for name, x in line.items()}
     with open(path, "a") as f:
