@@ -85,7 +85,7 @@ FAMILIES = {model: IMAGES if model in resnet.PRESETS else TEXT for model in DEFA
 # -- Flags -----------------------------------------------------------------------------------------
 
 def positive(text):
-    if not 1 <= int(text) <= 10**9:
+    if not 1 <= int(text) <= 10**9:                                  # torch cannot wait for more seconds
         raise argparse.ArgumentTypeError(f"must be at least 1 and at most {10**9}, not {text}")
     return int(text)
 
@@ -204,7 +204,7 @@ def train(args, device):
 
     # This process's worker (without torchrun all of them), and the optimizer of what it trains
     sync, optimizer = build(design, device, checkpoint)
-    first_rank_first(begin_metrics, args, start)                     # now that nothing is known to be wrong
+    first_rank_first(begin_metrics, args, start)                     # not before, as building can fail
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     flops_done = saved.get("flops", 0)
     lost = 0                                                         # the last so many updates
@@ -227,7 +227,7 @@ def train(args, device):
             lost = 0
         else:
             lost += 1
-        if lost == 10:                                               # the checkpoints kept are still good
+        if lost == 10:                                               # a dead model must not be saved twice
             raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {now}: "
                             f"go on from the last checkpoint with --resume and a smaller --lr")
         optimizer.zero_grad()

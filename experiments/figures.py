@@ -59,7 +59,7 @@ def step():
     axis.text(8.75, 1.55, "holder set", weight="bold", ha="center")
     text = ("1.  Down each column: a worker runs its subnetwork forward and backward, on its own batch.\n"
             "     It does not have the empty blocks.\n"
-            "2.  Along each row: the workers that hold a block average its gradient.  No one else takes part.\n"
+            "2.  Along each row: the workers that hold a block average its gradient.  No one else does.\n"
             "3.  Every holder updates its copy by the same average, so the copies stay equal.")
     axis.text(-1.9, -5.0, text, va="top", fontsize=10, linespacing=1.5)
     axis.set_xlim(-2.3, 9.4)

@@ -426,10 +426,7 @@ def train(row, updates, seed, lr, dataset, report):
 
 
 def schedule(step, steps, peak):
-    """The learning rate: it rises over a fifth of the run, then falls, as a cosine, to a tenth of the peak.
-
-    With a warm-up of 5 %, 12 updates of 250, some seeds never recovered, of DDP as well.
-    """
+    """The learning rate: it rises over a fifth of the run, then falls, as a cosine, to a tenth."""
     warm = max(1, round(steps / 5))
     if step < warm:
         return peak * (step + 1) / warm

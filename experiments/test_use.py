@@ -61,7 +61,7 @@ def test_the_loss_in_chunks_is_the_loss_in_one(monkeypatch, level):
         return losses, gathered(sync, [run.param.grad for run in sync.runs])
 
     losses, gradients = update()
-    monkeypatch.setattr(llama, "MAX_LOGITS", 4 * TINY.vocab_size)        # four tokens at a time
+    monkeypatch.setattr(llama, "MAX_LOGITS", 4 * TINY.vocab_size)    # four tokens at a time
     calls = []
     summed_loss = llama.summed_loss
 
