@@ -421,7 +421,6 @@ class Bucket(NamedTuple):
 
 class Exchange(NamedTuple):
     """One message of a refresh: an all-to-all, in which a worker sends to each other what that one lacks."""
-    branches: set                   # it has weights of these
     sends: list                     # for each rank a list of runs' weights, which this worker sends to it
     gets: list                      # from each rank: frozen runs' weights
 
@@ -490,8 +489,8 @@ class MaskedAllReduce:
         self.buckets = self._plan_buckets(all_runs)
         self.shares = torch.stack([bucket.share for bucket in self.buckets]).double()
         self.squares = []                                   # sum of squares of each message that has arrived
-        self.exchanges = self._plan_refresh(all_runs) if backward else []
-        self._coming = []                                   # refresh messages under way
+        self.exchanges = self._plan_refresh(all_runs) if backward else {}  # block -> its Exchange
+        self._coming = {}                                   # block -> its message of a refresh, under way
         self._stale = False                                 # finish() was called, and refresh() was not yet
         module.is_wrapped = True
         for run in self.runs:                               # all begin with the first holder's weights
@@ -573,28 +572,30 @@ class MaskedAllReduce:
     def refresh(self):
         """Backward masking: brings new weights to those who run them frozen.  Forward masking: nothing."""
         self._stale = False
-        for exchange in self.exchanges:
-            self._begin(exchange)
-            self.arrive()
+        for block in self.exchanges:
+            self._ask(block)
+            self.arrive(block)
 
-    def _begin(self, exchange):
+    def _ask(self, block):
+        sends, gets = self.exchanges[block]
         nothing = torch.empty(0, dtype=self.dtype, device=self.device)
-        message = torch.cat([nothing, *chain(*exchange.sends)])
-        send_sizes = [numels(weights) for weights in exchange.sends]
-        get_sizes = [numels(weights) for weights in exchange.gets]
+        message = torch.cat([nothing, *chain(*sends)])
+        send_sizes = [numels(weights) for weights in sends]
+        get_sizes = [numels(weights) for weights in gets]
         new = message.new_empty(sum(get_sizes))
         work = dist.all_to_all_single(new, message, get_sizes, send_sizes, async_op=True)
-        self._coming.append((work, message, new, exchange))  # keeps the message in memory until it has gone
+        self._coming[block] = work, message, new            # keeps the message in memory until it has gone
 
     @torch.no_grad()
-    def arrive(self, left=0):
-        """Waits for refresh messages, the oldest first, until at most `left` are under way."""
-        while len(self._coming) > left:
-            work, _, new, exchange = self._coming.pop(0)
-            work.wait()
-            if len(new):
-                weights = list(chain(*exchange.gets))
-                torch._foreach_copy_(weights, new.split([weight.numel() for weight in weights]))
+    def arrive(self, *blocks):
+        """Waits for the refreshed weights of these blocks, by default of all."""
+        for block in blocks or list(self._coming):
+            if block in self._coming:
+                work, _, new = self._coming.pop(block)
+                work.wait()
+                if len(new):
+                    weights = list(chain(*self.exchanges[block].gets))
+                    torch._foreach_copy_(weights, new.split([weight.numel() for weight in weights]))
 
     def close(self):
         """Ends the process groups made here, so that the module can be wrapped again.  Collective."""
@@ -638,42 +639,43 @@ class MaskedAllReduce:
         return [self._bucket(holders, [run for run in self.runs if run.holders == holders])
                 for holders in self.groups if self.subnet in holders]
 
-    def _plan_refresh(self, all_runs, limit=math.inf):
-        """Who sends whom new weights: exchanges in forward order, each with some `limit` numbers a worker.
+    def _plan_refresh(self, all_runs):
+        """Who sends whom new weights: {block: Exchange}, in forward order.
 
+        A block is the smallest module that has all parameters of a branch inside: in a LLaMA a layer.
         Workers 0 to S-1 are a family, S to 2S-1 the next, and so on: each has all subnets, and refreshes
         itself.  So on a host with S devices these weights never leave the host.  Of the holders, the one
         with least to send so far sends.
         """
+        names = defaultdict(list)                           # branch -> its parameters
+        for name, (branch, _, _) in self.layout.items():
+            names[branch].append(name)
+        self.block_of = {name: module_around(names[branch]) for name, (branch, _, _) in self.layout.items()}
         family = self.rank - self.subnet                    # its first worker
         load = Counter()                                    # numbers each subnet sends: first for averages
         for run in all_runs:
             for subnet in run.holders:
                 load[subnet] += run.numel * (2 - 2 / self._count(run.holders))
-        exchanges = []
+        exchanges = {}
         for run, subnet in product(all_runs, range(self.n_subnets)):
             if subnet in run.holders:
                 continue
-            if not exchanges or size >= limit:
-                size = 0
-                sends = [[] for _ in range(self.world)]
-                gets = [[] for _ in range(self.world)]
-                exchanges.append(Exchange(set(), sends, gets))
-            size += run.numel / self.n_subnets
-            exchanges[-1].branches.add(self.layout[run.name][0])
+            block = self.block_of[run.name]
+            if block not in exchanges:
+                exchanges[block] = Exchange([[] for _ in range(self.world)], [[] for _ in range(self.world)])
             sender = min(run.holders, key=load.__getitem__)
             load[sender] += run.numel
             if self.subnet == sender:
-                sends[family + subnet].append(run.param.data)
+                exchanges[block].sends[family + subnet].append(run.param.data)
             elif self.subnet == subnet:
-                gets[family + sender].append(run.param.data)
+                exchanges[block].gets[family + sender].append(run.param.data)
         return exchanges
 
     @property
     def sent_bytes(self):
         """What this worker sends in one update, in bytes."""
         reduced = sum(run.numel * (2 - 2 / self._count(run.holders)) for run in self.runs)
-        refreshed = sum(numels(chain(*exchange.sends)) for exchange in self.exchanges)
+        refreshed = sum(numels(chain(*exchange.sends)) for exchange in self.exchanges.values())
         return reduced * self.wire_dtype.itemsize + refreshed * self.dtype.itemsize
 
     # -- the full model
@@ -719,12 +721,12 @@ class MaskedAllReduce:
 class SubnetDataParallel(MaskedAllReduce):
     """The same, but messages leave while the backward pass runs, and refreshes arrive in the next forward.
 
-    bucket_bytes: when the runs of some holder set have so many bytes, new buckets are begun.
+    bucket_bytes: when the runs of some holder set have so many bytes, new buckets are begun.  As DDP's.
     reduce_dtype: of the gradients in messages; torch.bfloat16 halves the bytes.  Replicas stay bit-identical.
     compile: torch.compile what is done with each message before and after it travels.
     """
 
-    def __init__(self, module, masks, layout, backward=False, timeout=None, bucket_bytes=16 * 2**20,
+    def __init__(self, module, masks, layout, backward=False, timeout=None, bucket_bytes=25 * 2**20,
                  reduce_dtype=None, compile=False):
         self.bucket_bytes = bucket_bytes
         super().__init__(module, masks, layout, backward, timeout)
@@ -769,10 +771,6 @@ class SubnetDataParallel(MaskedAllReduce):
                     buckets.append((run.holders, opened[run.holders]))
                 opened[run.holders].append(run)
         return [self._bucket(holders, runs) for holders, runs in reversed(buckets) if self.subnet in holders]
-
-    def _plan_refresh(self, all_runs):
-        """Each exchange has about as many bytes as two buckets, so that a branch waits for little."""
-        return super()._plan_refresh(all_runs, limit=2 * self.bucket_bytes / self.dtype.itemsize)
 
     def _restart(self):
         self.squares = []
@@ -821,9 +819,9 @@ class SubnetDataParallel(MaskedAllReduce):
         if not self._synchronise:
             raise RuntimeError("finish() inside no_sync(): the last micro-step must be outside of it")
         if self._coming:
-            branch = min(self._coming[0][-1].branches)
-            raise RuntimeError(f"weights of {branch} were used before they had arrived: the module around "
-                               f"that branch was never called as one; call arrive() before the forward pass")
+            block = next(iter(self._coming))
+            raise RuntimeError(f"weights of {block} were used before they had arrived: the module around "
+                               f"them was never called as one; call arrive() before the forward pass")
         self._begin_finish()
         for local in self.runs_in:
             if local not in self._taken:
@@ -837,26 +835,22 @@ class SubnetDataParallel(MaskedAllReduce):
 
     @torch.no_grad()
     def refresh(self):
-        """Backward masking: asks for the weights that were updated elsewhere.  Each branch waits for its."""
+        """Backward masking: asks for the weights that were updated elsewhere.  Each block waits for its."""
         self._stale = False
         self.arrive()
-        for exchange in self.exchanges:
-            self._begin(exchange)
+        for block in self.exchanges:
+            self._ask(block)
 
     def _hook_arrivals(self):
-        """Lets each branch wait for its weights: the module that has all of its parameters inside."""
-        self._hooks.append(self.module.register_state_dict_pre_hook(partial(self._wait, 0)))
-        for i, exchange in enumerate(self.exchanges):
-            left = len(self.exchanges) - 1 - i
-            for branch in exchange.branches:
-                paths = [local.split(".")[:-1] for local, slot in self.slots.items()
-                         if self.layout[slot.name][0] == branch]
-                common = os.path.commonprefix(paths)        # of lists: the names that all paths begin with
-                module = self.module.get_submodule(".".join(common))
-                self._hooks.append(module.register_forward_pre_hook(partial(self._wait, left)))
+        """Lets each block wait for its weights before its forward pass, and state_dict() for all."""
+        self._hooks.append(self.module.register_state_dict_pre_hook(partial(self._wait, [])))
+        for block in self.exchanges:
+            inside = [local for local, slot in self.slots.items() if self.block_of[slot.name] == block]
+            module = self.module.get_submodule(module_around(inside))
+            self._hooks.append(module.register_forward_pre_hook(partial(self._wait, [block])))
 
-    def _wait(self, left, *_):
-        self.arrive(left)
+    def _wait(self, blocks, *_):
+        self.arrive(*blocks)
 
     def reset(self):
         """Drops all gradients: after an exception that all ranks had alike.  Collective."""
@@ -885,6 +879,12 @@ def unpack(message, dtype):
     """-> the averages that have arrived, 1-D, and the sum of their squares, which clipping needs."""
     averages = message.to(dtype)
     return averages, torch.dot(averages, averages)
+
+
+def module_around(names):
+    """The smallest module that has all these parameters inside."""
+    paths = [name.split(".")[:-1] for name in names]
+    return ".".join(os.path.commonprefix(paths))            # of lists: the names that all paths begin with
 
 
 def numels(tensors):

@@ -71,6 +71,7 @@ class Row:
     workers: int = WORKERS
     batch: int = 2              # sequences or images of each worker in an update
     layers: int = 8
+    matched: int = 8            # layers of the DDP model whose FLOPs it gets
     draw: str = "balanced"      # random: any k holders; coin: stochastic depth, see Dense.use
     redraw: int = 0             # new masks after every so many updates; 0: never
     ends: bool = False          # all subnets hold the first and the last block
@@ -113,6 +114,11 @@ def rows():
     for row in block, neuron:
         for percent in 10, 20:
             out[f"{row.level}-6-finish-{percent}-flops"] = replace(row, finish=percent / 100)
+    for layers in 4, 16:
+        deep = Row(layers=layers, matched=layers)
+        out[f"ddp-{layers}-layers"] = deep
+        for level in "block", "neuron":
+            out[f"{level}-6-{layers}-layers-flops"] = replace(deep, level=level, held=6, flops=True)
     out["resnet-ddp"] = Row("resnet", batch=8)
     for level in "block", "neuron":
         out[f"resnet-{level}-6-flops"] = Row("resnet", level, 6, flops=True, batch=8)
@@ -371,7 +377,7 @@ def train(row, updates, seed, lr, dataset, report):
     if row.finish:
         flops += row.finish * (flops_of(replace(row, backward=True), masks) - flops)  # mean of all updates
     plain = rows()["resnet-ddp" if row.model == "resnet" else "ddp"]
-    plain = replace(plain, batch=row.batch)
+    plain = replace(plain, batch=row.batch, layers=row.matched)
     ddp_flops = flops_of(plain, everything(FAMILY[row.model].branches(config_of(plain))))
     steps = round(updates * ddp_flops / flops) if row.flops else updates
     if row.model == "resnet":
