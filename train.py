@@ -544,15 +544,14 @@ def sample(args, count=200):
     checkpoint = open_checkpoint(Path(args.out_dir)) if args.resume else {}
     if not checkpoint:
         raise UserError(f"--sample needs --resume and a checkpoint in --out-dir {args.out_dir}")
-    saved = checkpoint["config"]
-    if args.model not in (None, saved["model"]):
-        raise UserError(f"--model {args.model} contradicts the checkpoint, which has {saved['model']}")
-    if FAMILIES[saved["model"]] is not TEXT:
-        raise UserError(f"--sample prints text, and the checkpoint's model, {saved['model']}, reads images")
-    encoding = data.encoding_for(saved["vocab_size"])
+    vocab_size = checkpoint["config"].get("vocab_size")
+    settle(args, checkpoint["config"])
+    if FAMILIES[args.model] is not TEXT:
+        raise UserError(f"--sample prints text, and the checkpoint's model, {args.model}, reads images")
+    encoding = data.encoding_for(vocab_size)
     device, _ = pick_device(args.device)
     with torch.device("meta"):
-        model = llama.Llama(replace(llama.PRESETS[saved["model"]], vocab_size=saved["vocab_size"]))
+        model = llama.Llama(replace(llama.PRESETS[args.model], vocab_size=vocab_size))
     if kinds(checkpoint.get("model")) != kinds(model.state_dict()):
         raise UserError("the checkpoint's model has other names, shapes or types than it should")
     model.load_state_dict(checkpoint["model"], assign=True)
