@@ -336,7 +336,7 @@ def test_kernels_of_an_update_are_few(monkeypatch):
     """
     small = replace(llama.PRESETS["llama-134m"], vocab_size=8000, hidden_size=192, intermediate_size=512)
     monkeypatch.setitem(llama.PRESETS, "llama-134m", small)
-    bucketed = partial(sdp.SubnetDataParallel, bucket_bytes=2**20)
+    bucketed = partial(sdp.SubnetDataParallel, bucket_bytes=25 * 2**20 // 16)
     monkeypatch.setattr(sdp, "SubnetDataParallel", bucketed)
     rows = {row["variant"]: row for row in kernels.count_all("llama-134m", n_subnets=8, held=6)}
     total = {name: sum(row["kernels"].values()) for name, row in rows.items()}
