@@ -421,6 +421,7 @@ class Bucket(NamedTuple):
 
 class Exchange(NamedTuple):
     """One message of a refresh: an all-to-all, in which a worker sends to each other what that one lacks."""
+    branches: set                   # it has weights of these
     sends: list                     # for each rank a list of runs' weights, which this worker sends to it
     gets: list                      # from each rank: frozen runs' weights
 
@@ -489,8 +490,8 @@ class MaskedAllReduce:
         self.buckets = self._plan_buckets(all_runs)
         self.shares = torch.stack([bucket.share for bucket in self.buckets]).double()
         self.squares = []                                   # sum of squares of each message that has arrived
-        self.exchanges = self._plan_refresh(all_runs) if backward else {}  # block -> its Exchange
-        self._coming = {}                                   # block -> its message of a refresh, under way
+        self.exchanges = self._plan_refresh(all_runs) if backward else []
+        self._coming = []                                   # refresh messages under way
         self._stale = False                                 # finish() was called, and refresh() was not yet
         module.is_wrapped = True
         for run in self.runs:                               # all begin with the first holder's weights
@@ -572,30 +573,28 @@ class MaskedAllReduce:
     def refresh(self):
         """Backward masking: brings new weights to those who run them frozen.  Forward masking: nothing."""
         self._stale = False
-        for block in self.exchanges:
-            self._ask(block)
-            self.arrive(block)
+        for exchange in self.exchanges:
+            self._begin(exchange)
+            self.arrive()
 
-    def _ask(self, block):
-        sends, gets = self.exchanges[block]
+    def _begin(self, exchange):
         nothing = torch.empty(0, dtype=self.dtype, device=self.device)
-        message = torch.cat([nothing, *chain(*sends)])
-        send_sizes = [numels(weights) for weights in sends]
-        get_sizes = [numels(weights) for weights in gets]
+        message = torch.cat([nothing, *chain(*exchange.sends)])
+        send_sizes = [numels(weights) for weights in exchange.sends]
+        get_sizes = [numels(weights) for weights in exchange.gets]
         new = message.new_empty(sum(get_sizes))
         work = dist.all_to_all_single(new, message, get_sizes, send_sizes, async_op=True)
-        self._coming[block] = work, message, new            # keeps the message in memory until it has gone
+        self._coming.append((work, message, new, exchange))  # keeps the message in memory until it has gone
 
     @torch.no_grad()
-    def arrive(self, *blocks):
-        """Waits for the refreshed weights of these blocks, by default of all."""
-        for block in blocks or list(self._coming):
-            if block in self._coming:
-                work, _, new = self._coming.pop(block)
-                work.wait()
-                if len(new):
-                    weights = list(chain(*self.exchanges[block].gets))
-                    torch._foreach_copy_(weights, new.split([weight.numel() for weight in weights]))
+    def arrive(self, left=0):
+        """Waits for refresh messages, the oldest first, until at most `left` are under way."""
+        while len(self._coming) > left:
+            work, _, new, exchange = self._coming.pop(0)
+            work.wait()
+            if len(new):
+                weights = list(chain(*exchange.gets))
+                torch._foreach_copy_(weights, new.split([weight.numel() for weight in weights]))
 
     def close(self):
         """Ends the process groups made here, so that the module can be wrapped again.  Collective."""
@@ -639,43 +638,42 @@ class MaskedAllReduce:
         return [self._bucket(holders, [run for run in self.runs if run.holders == holders])
                 for holders in self.groups if self.subnet in holders]
 
-    def _plan_refresh(self, all_runs):
-        """Who sends whom new weights: {block: Exchange}, in forward order.
+    def _plan_refresh(self, all_runs, limit=math.inf):
+        """Who sends whom new weights: exchanges in forward order, each with some `limit` numbers a worker.
 
-        A block is the smallest module that has all parameters of a branch inside: in a LLaMA a layer.
         Workers 0 to S-1 are a family, S to 2S-1 the next, and so on: each has all subnets, and refreshes
         itself.  So on a host with S devices these weights never leave the host.  Of the holders, the one
         with least to send so far sends.
         """
-        names = defaultdict(list)                           # branch -> its parameters
-        for name, (branch, _, _) in self.layout.items():
-            names[branch].append(name)
-        self.block_of = {name: module_around(names[branch]) for name, (branch, _, _) in self.layout.items()}
         family = self.rank - self.subnet                    # its first worker
         load = Counter()                                    # numbers each subnet sends: first for averages
         for run in all_runs:
             for subnet in run.holders:
                 load[subnet] += run.numel * (2 - 2 / self._count(run.holders))
-        exchanges = {}
+        exchanges = []
         for run, subnet in product(all_runs, range(self.n_subnets)):
             if subnet in run.holders:
                 continue
-            block = self.block_of[run.name]
-            if block not in exchanges:
-                exchanges[block] = Exchange([[] for _ in range(self.world)], [[] for _ in range(self.world)])
+            if not exchanges or size >= limit:
+                size = 0
+                sends = [[] for _ in range(self.world)]
+                gets = [[] for _ in range(self.world)]
+                exchanges.append(Exchange(set(), sends, gets))
+            size += run.numel / self.n_subnets
+            exchanges[-1].branches.add(self.layout[run.name][0])
             sender = min(run.holders, key=load.__getitem__)
             load[sender] += run.numel
             if self.subnet == sender:
-                exchanges[block].sends[family + subnet].append(run.param.data)
+                sends[family + subnet].append(run.param.data)
             elif self.subnet == subnet:
-                exchanges[block].gets[family + sender].append(run.param.data)
+                gets[family + sender].append(run.param.data)
         return exchanges
 
     @property
     def sent_bytes(self):
         """What this worker sends in one update, in bytes."""
         reduced = sum(run.numel * (2 - 2 / self._count(run.holders)) for run in self.runs)
-        refreshed = sum(numels(chain(*exchange.sends)) for exchange in self.exchanges.values())
+        refreshed = sum(numels(chain(*exchange.sends)) for exchange in self.exchanges)
         return reduced * self.wire_dtype.itemsize + refreshed * self.dtype.itemsize
 
     # -- the full model
@@ -772,6 +770,10 @@ class SubnetDataParallel(MaskedAllReduce):
                 opened[run.holders].append(run)
         return [self._bucket(holders, runs) for holders, runs in reversed(buckets) if self.subnet in holders]
 
+    def _plan_refresh(self, all_runs):
+        """Each exchange has about as many bytes a worker as a bucket, so that a branch waits for little."""
+        return super()._plan_refresh(all_runs, limit=self.bucket_bytes / self.dtype.itemsize)
+
     def _restart(self):
         self.squares = []
         self._taken = set()                                 # parameters whose gradient is complete
@@ -818,10 +820,13 @@ class SubnetDataParallel(MaskedAllReduce):
         """
         if not self._synchronise:
             raise RuntimeError("finish() inside no_sync(): the last micro-step must be outside of it")
-        if self._coming:
-            block = next(iter(self._coming))
-            raise RuntimeError(f"weights of {block} were used before they had arrived: the module around "
-                               f"them was never called as one; call arrive() before the forward pass")
+        used = {self.layout[self.slots[local].name][0] for local in self._taken}  # branches
+        for *_, exchange in self._coming:
+            if used & exchange.branches:
+                raise RuntimeError(f"weights of {min(used & exchange.branches)} were used before they had "
+                                   f"arrived: the module around that branch was never called as one; call "
+                                   f"arrive() before the forward pass")
+        self.arrive()                                       # of branches that took no part in this loss
         self._begin_finish()
         for local in self.runs_in:
             if local not in self._taken:
@@ -835,22 +840,32 @@ class SubnetDataParallel(MaskedAllReduce):
 
     @torch.no_grad()
     def refresh(self):
-        """Backward masking: asks for the weights that were updated elsewhere.  Each block waits for its."""
+        """Backward masking: asks for the weights that were updated elsewhere.
+
+        Each branch waits for its own in the next forward pass, and the module's (load_)state_dict() for all.
+        Call arrive() before you read or write frozen weights in any other way.
+        """
         self._stale = False
         self.arrive()
-        for block in self.exchanges:
-            self._ask(block)
+        for exchange in self.exchanges:
+            self._begin(exchange)
 
     def _hook_arrivals(self):
-        """Lets each block wait for its weights before its forward pass, and state_dict() for all."""
-        self._hooks.append(self.module.register_state_dict_pre_hook(partial(self._wait, [])))
-        for block in self.exchanges:
-            inside = [local for local, slot in self.slots.items() if self.block_of[slot.name] == block]
-            module = self.module.get_submodule(module_around(inside))
-            self._hooks.append(module.register_forward_pre_hook(partial(self._wait, [block])))
+        """Lets each branch wait for its weights: the module that has all of its parameters inside."""
+        if self.exchanges:
+            self._hooks.append(self.module.register_state_dict_pre_hook(partial(self._wait, 0)))
+            self._hooks.append(self.module.register_load_state_dict_pre_hook(partial(self._wait, 0)))
+        for i, exchange in enumerate(self.exchanges):
+            left = len(self.exchanges) - 1 - i
+            for branch in exchange.branches:
+                paths = [local.split(".")[:-1] for local, slot in self.slots.items()
+                         if self.layout[slot.name][0] == branch]
+                common = os.path.commonprefix(paths)        # of lists: the names that all paths begin with
+                module = self.module.get_submodule(".".join(common))
+                self._hooks.append(module.register_forward_pre_hook(partial(self._wait, left)))
 
-    def _wait(self, blocks, *_):
-        self.arrive(*blocks)
+    def _wait(self, left, *_):
+        self.arrive(left)
 
     def reset(self):
         """Drops all gradients: after an exception that all ranks had alike.  Collective."""
@@ -879,12 +894,6 @@ def unpack(message, dtype):
     """-> the averages that have arrived, 1-D, and the sum of their squares, which clipping needs."""
     averages = message.to(dtype)
     return averages, torch.dot(averages, averages)
-
-
-def module_around(names):
-    """The smallest module that has all these parameters inside."""
-    paths = [name.split(".")[:-1] for name in names]
-    return ".".join(os.path.commonprefix(paths))            # of lists: the names that all paths begin with
 
 
 def numels(tensors):

@@ -186,7 +186,7 @@ def alone(rank, world):
     def all_to_all(new, message, get_sizes, send_sizes, **options):
         if len(message) or not len(new):                             # the fake group refuses to send nothing
             return real(new, message, get_sizes, send_sizes, **options)
-        return real(new, torch.zeros_like(new), get_sizes, get_sizes, **options)
+        return real(new, torch.empty_like(new), get_sizes, get_sizes, **options)
 
     dist.all_to_all_single = all_to_all
     try:

@@ -125,6 +125,13 @@ def rows():
     return out
 
 
+def plain_name(row):
+    """The row of plain data parallelism that a row is compared with."""
+    if row.model == "resnet":
+        return "resnet-ddp"
+    return "ddp" if row.matched == 8 else f"ddp-{row.matched}-layers"
+
+
 def config_of(row):
     """The model's sizes.  They are small, so that a run takes a minute.
 
@@ -376,8 +383,7 @@ def train(row, updates, seed, lr, dataset, report):
         flops = flops_of(row, masks_of(replace(row, draw="balanced"), branches, seed, 0))
     if row.finish:
         flops += row.finish * (flops_of(replace(row, backward=True), masks) - flops)  # mean of all updates
-    plain = rows()["resnet-ddp" if row.model == "resnet" else "ddp"]
-    plain = replace(plain, batch=row.batch, layers=row.matched)
+    plain = replace(rows()[plain_name(row)], batch=row.batch)
     ddp_flops = flops_of(plain, everything(FAMILY[row.model].branches(config_of(plain))))
     steps = round(updates * ddp_flops / flops) if row.flops else updates
     if row.model == "resnet":
@@ -518,13 +524,13 @@ def say_table(table, names, args, results):
     lengths = sorted({r["updates"] for r in results if r["row"] in names})
     print("| row | parameters | FLOPs | " + " | ".join(f"{n} updates" for n in lengths) + " |")
     print("|---|---|---|" + "---|" * len(lengths))
-    plain = {("resnet" if r["row"].startswith("resnet") else "llama", r["updates"]): r["flops"]
-             for r in results if r["row"] in ("ddp", "resnet-ddp")}
+    plain = {(r["row"], r["updates"]): r["flops"] for r in results}  # of the last run of each row
     for name in names:
         mine = [r for r in results if r["row"] == name]
         if not mine:
             continue
-        flops = [r["flops"] / plain[key] for r in mine if (key := (table[name].model, r["updates"])) in plain]
+        dense = plain_name(table[name])
+        flops = [r["flops"] / plain[key] for r in mine if (key := (dense, r["updates"])) in plain]
         cells = []
         for updates in lengths:
             _, best, more = searched(table, name, results, updates)
@@ -533,8 +539,7 @@ def say_table(table, names, args, results):
             lr = f"{best:g}{'*' if more else ''}"
             cells.append(f"{statistics.mean(found):.3f}{spread} ({len(found)}; {lr})" if found else "")
         share = f"{flops[0]:.2f}" if flops else ""
-        dense = table["resnet-ddp" if table[name].model == "resnet" else "ddp"]
-        held = f"{parameters_of(table[name]) / parameters_of(dense):.2f}"
+        held = f"{parameters_of(table[name]) / parameters_of(table[dense]):.2f}"
         print(f"| {name} | {held} | {share} | " + " | ".join(cells) + " |")
 
 

@@ -75,7 +75,7 @@ def test_search_finds_the_best_learning_rate():
 def test_goes_on_where_it_was_cut_off(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, "VAL_SEQUENCES", 8)
     monkeypatch.setattr(quality, "COSINE_BATCH", 2)
-    small = {name: replace(row, layers=2, matched=2) for name, row in quality.rows().items()}
+    small = {name: replace(row, layers=2) for name, row in quality.rows().items()}
     monkeypatch.setattr(quality, "rows", small.copy)
     monkeypatch.setitem(quality.FIRST_LR, "llama", 0.03)             # near the best for three updates
     path = tmp_path / "quality.jsonl"

@@ -4,6 +4,7 @@ Tests of how sdp.py is used: masks and models of the user's own, right or refuse
     python -m pytest -q experiments/test_use.py
 """
 
+import copy
 import shutil
 import sys
 from functools import partial
@@ -217,10 +218,55 @@ def _starts_that_differ(backward):
     value = sdp.fresh(layout, partial(llama.init, TINY), dist.get_rank())
     sdp.materialize(module, masks, layout, dist.get_rank(), value)
     sync = sdp.SubnetDataParallel(module, masks, layout, backward)
-    saved = {name: t.clone() for name, t in module.state_dict().items()}  # it waits for frozen weights
     check_replicas(sync)
-    assert all(torch.equal(saved[name], t) for name, t in module.state_dict().items())
     return gathered(sync)["model.embed_tokens.weight"], value("model.embed_tokens.weight")
+
+
+def _saved_and_loaded_while_a_refresh_is_under_way():
+    sync = make_sync(TINY, masks_for(TINY, 4, 3, "neuron"), True)
+    old = copy.deepcopy({name: t for name, t in sync.module.state_dict().items()})
+    for run in sync.runs:
+        run.param.data.add_(1)
+    sync.refresh()
+    saved = sync.module.state_dict()
+    assert all(torch.equal(t, old[name] + 1) for name, t in saved.items())
+    sync.refresh()
+    sync.module.load_state_dict(old)
+    sync.forward(dist.get_rank(), tokens_for(0, 0)[0])
+    return all(torch.equal(t, old[name]) for name, t in sync.module.state_dict().items())
+
+
+def test_weights_are_saved_and_loaded_after_those_under_way_have_arrived():
+    assert all(run_on(4, _saved_and_loaded_while_a_refresh_is_under_way))
+
+
+def _under_way_in_each_layer_and_without_some(masks):
+    """Refreshes under way when each layer begins; then updates without the last layers, and without data."""
+    sync, rank = make_sync(TINY, masks, True, bucket_bytes=1), dist.get_rank()
+    optimizer = torch.optim.SGD([run.param for run in sync.runs], lr=0.1)
+    layers = sync.module.model.layers
+    counts = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: counts.append(len(sync._coming)))
+    for step, n in enumerate([3, 3, 1, 0, 3]):
+        sync.module.model["layers"] = layers[:n]
+        if n or rank:
+            llama.loss(sync.forward(rank, tokens_for(step, rank)[0]), tokens_for(step, rank)[1]).backward()
+        sync.finish()
+        sync.clip_grad_norm(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        sync.refresh()
+    sync.module.model["layers"] = layers
+    check_replicas(sync)
+    return counts[3:6]
+
+
+@pytest.mark.parametrize("level", ["block", "neuron"])
+def test_each_layer_waits_for_its_own_weights_and_some_may_be_left_out(level):
+    for first, middle, last in run_on(4, _under_way_in_each_layer_and_without_some,
+                                      masks_for(TINY, 4, 3, level)):
+        assert first > middle > last == 0
 
 
 @pytest.mark.parametrize("backward", [False, True])
