@@ -64,7 +64,8 @@ def branches(c):
     d, queries = c.hidden_size, c.queries_per_kv * c.head_dim
     kept = 2 * queries + 2 * c.head_dim                              # q, k, v, and what o_proj reads
     head = kept * d                                                  # weights: rows of q, k, v, columns of o
-    pairs = 12 * c.max_position_embeddings * queries                 # q k^T, and probabilities times v
+    # FLOPs: 2 for each weight or pair, in 3 passes; 2 products with pairs: q k^T, and probabilities times v
+    pairs = 12 * c.max_position_embeddings * queries
     out = {}
     for i in range(c.num_hidden_layers):
         path = f"model.layers.{i}"

@@ -22,7 +22,7 @@ There are two regimes:
     gradients, optimizer state      the subnetwork's            the subnetwork's
     a branch's output               times 1/C                   as it is
     gradient, as an estimate
-    of the full model's             biased                      unbiased
+    of the full model's             biased                      unbiased: equal to it on average
 
 The words:
 
@@ -40,7 +40,7 @@ The words:
 The file has the method four times, each time closer to the machine: `naive_masked_average`, which needs
 full-size tensors; `Simulation`, all workers in one process; `MaskedAllReduce`, real workers, one message
 for each holder set; and `SubnetDataParallel`, whose messages leave while the backward pass still runs.  You
-can stop after `MaskedAllReduce`.  One appendix finds and describes masks, the other has what is refused.
+can stop after `MaskedAllReduce`.  Appendix 1 finds and describes masks.  Appendix 2 is about refusals.
 """
 
 import hashlib
@@ -67,29 +67,24 @@ def naive_masked_average(grad, mask):
     """
     mask = mask.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1))
     total = grad * mask                                     # zeros from those who do not hold
-    holders = mask.clone()
+    count = mask.clone()
     dist.all_reduce(total)                                  # sum over i in H_j of g_ij
-    dist.all_reduce(holders)                                # |H_j|
-    return total / holders
+    dist.all_reduce(count)                                  # |H_j|
+    return total / count
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Masks: {branch: bool tensor [neurons, n_subnets]}.  This dict is the whole description of an SDP run
+# Masks: {branch: bool tensor [neurons, n_subnets]}, who holds what
 # -----------------------------------------------------------------------------------------------------------
 # A model tells us its `branches`: branch name -> (block, number of neurons, *costs of one neuron).  The
-# costs are of any kinds, here bytes, FLOPs and activations; only their ratios matter.  `balanced_sets`, in
-# the appendix, finds sets of subnets that carry equal costs.
+# costs are bytes, FLOPs and activations, or others; only their ratios matter.  `balanced_sets`, in the
+# appendix, gives each of n items a set of `held` subnets, so that all subnets carry equal costs.
 
 def block_masks(branches, n_subnets, held, seed=0):
     """Each block is held or skipped whole.  Exactly `held` of the subnets hold it."""
     blocks = list(dict.fromkeys(block for block, *_ in branches.values()))
-    costs = relative_costs(branches)
-    cost = np.zeros((len(blocks), costs.shape[1]))
-    size = np.zeros(len(blocks))
-    for (block, neurons, *_), of_one in zip(branches.values(), costs):
-        cost[blocks.index(block)] += of_one * neurons
-        size[blocks.index(block)] += neurons
-    sets = torch.from_numpy(balanced_sets(cost, size, n_subnets, held, seed))  # bool [blocks, n_subnets]
+    cost, size = block_costs(branches, blocks)
+    sets = balanced_sets(cost, size, n_subnets, held, seed)  # bool [blocks, n_subnets]
     return {name: sets[blocks.index(block)].repeat(neurons, 1)
             for name, (block, neurons, *_) in branches.items()}
 
@@ -97,19 +92,16 @@ def block_masks(branches, n_subnets, held, seed=0):
 def neuron_masks(branches, n_subnets, held, seed=0):
     """Each branch is dealt out in equal parts, part i to the i-th of at most `n_subnets` holder sets."""
     total = sum(neurons for _, neurons, *_ in branches.values())
-    ones = np.ones((min(n_subnets, total), 1))
-    sets = balanced_sets(ones, ones[:, 0], n_subnets, held, seed)  # bool [sets, n_subnets]
+    ones = np.ones(min(n_subnets, total))                   # all sets cost the same
+    sets = balanced_sets(ones[:, None], ones, n_subnets, held, seed)  # bool [sets, n_subnets]
     costs = dict(zip(branches, map(tuple, relative_costs(branches))))
     masks = {}
-    begin = 0
+    dealt = 0                                               # neurons, as cards are: to the sets in turn
     for name in sorted(branches, key=costs.get):            # like branches follow each other
         neurons = branches[name][1]
-        counts = np.full(len(sets), neurons // len(sets))   # neurons of each set
-        # The sets take turns at the neurons left over: a branch begins where the last one stopped
-        left = neurons % len(sets)
-        counts[(begin + np.arange(left)) % len(sets)] += 1
-        begin += left
-        masks[name] = torch.from_numpy(np.repeat(sets, counts, axis=0))
+        turns = (dealt + torch.arange(neurons)) % len(sets)
+        masks[name] = sets[turns.sort().values]             # neurons of one set follow each other
+        dealt += neurons
     return {name: masks[name] for name in branches}
 
 
@@ -135,8 +127,8 @@ def branch_scales(masks, subnet):
     """
     scales = {}
     for branch, mask in masks.items():
-        holders = mask.sum(1)[mask[:, subnet]].double()     # of each neuron this subnet holds
-        scales[branch] = mask.shape[1] * float((1 / holders).mean()) if len(holders) else 1.0
+        count = mask.sum(1)[mask[:, subnet]].double()       # holders of each neuron held here
+        scales[branch] = mask.shape[1] * float((1 / count).mean()) if len(count) else 1.0
     return scales
 
 
@@ -174,8 +166,9 @@ def branch_holders(mask):
 # hold it (embedding, head).
 #
 # A subnet keeps its neurons sorted by holder set.  (A branch is a sum, so their order does not matter.)
-# And each cut parameter lies in memory neuron by neuron, whatever its shape.  So what one holder set has of
-# a parameter is one stretch of memory: a run.  Averaging, optimizer and refreshes need no dimensions.
+# And each cut parameter lies in memory neuron by neuron: one that is cut by columns (down_proj) is stored
+# column after column, like a transposed tensor.  So what one holder set has of a parameter is one stretch of
+# memory: a run.  Averaging, optimizer and refreshes need no dimensions.
 #
 # Under backward masking, modules whose path has the part `rest` have the frozen neurons: a.rest.b.weight is
 # cut from the full model's a.b.weight, and the branch is held(x) + rest(x).
@@ -196,8 +189,9 @@ def slots(module, masks, layout, subnet):
     _, which = holder_sets(masks)
     found = {}
     for local, p in module.named_parameters():
-        frozen = ".rest." in f".{local}"                    # the dot before: `rest` may come first
-        name = f".{local}".replace(".rest.", ".")[1:]
+        path = local.split(".")
+        frozen = "rest" in path
+        name = ".".join(part for part in path if part != "rest")
         if name not in layout:
             raise ValueError(f"parameter {name} is not in the layout: add it (branch None if all hold it)")
         branch, dim, shape = layout[name]
@@ -227,10 +221,10 @@ def slots(module, masks, layout, subnet):
 
 
 def cut(full, slot):
-    """The part of a full tensor that belongs into `slot`, neuron by neuron.  Its gradient is pasted back."""
+    """The part of a full tensor that belongs into `slot`."""
     if slot.dim is None:
         return full
-    return full.movedim(slot.dim, 0)[slot.rows.to(full.device)].movedim(0, slot.dim)
+    return full.index_select(slot.dim, slot.rows.to(full.device))
 
 
 def flat(tensor, slot):
@@ -243,11 +237,11 @@ def flat(tensor, slot):
 def seeded(*what):
     """A CPU random generator that is a function of `what` alone, on any machine and in any process."""
     digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # below 2^63
 
 
 def fresh(layout, init, seed):
-    """value(full name) -> initial value.  By (seed, name) alone, so runs with any masks start from one model.
+    """value(full name) -> initial value.  It depends on (seed, name) alone: all masks start from one model.
 
     init(name, tensor, generator) fills a full tensor in place.
     """
@@ -290,8 +284,7 @@ def put(module, name, parameter):
 class Run(NamedTuple):
     """What one holder set has of one full parameter: what is averaged, stepped on, refreshed and gathered.
 
-    All holders have it with the same length and the same bits, so any optimizer treats the replicas alike,
-    even one whose kernel rounds by position.
+    All holders have it with the same length and the same bits, so any optimizer treats the replicas alike.
     """
     name: str                       # of the full parameter
     holders: tuple                  # subnets
@@ -344,7 +337,7 @@ class Simulation:
         self.masks, self.layout, self.modules = masks, layout, modules
         self.slots = [slots(module, masks, layout, subnet) for subnet, module in enumerate(modules)]
         self.params = {name: nn.Parameter(value(name).to(device, copy=True)) for name in layout}
-        self.runs = [Run(name, None, p.numel(), name, p) for name, p in self.params.items()]
+        self.runs = [Run(name, (), p.numel(), name, p) for name, p in self.params.items()]
 
     def forward(self, worker, *inputs):
         """Forward pass of one worker.  Its module is a mere shape; its weights are cut from the full ones.
@@ -365,15 +358,15 @@ class Simulation:
         for name, p in self.params.items():
             branch, dim, shape = self.layout[name]
             if branch is None:
-                holders = torch.tensor(self.n_subnets)
+                count = torch.tensor(self.n_subnets)        # of subnets that hold each entry
             elif dim is None:
-                holders = self.masks[branch].any(0).sum()
+                count = self.masks[branch].any(0).sum()
             else:
-                holders = self.masks[branch].sum(1).repeat_interleave(shape[dim] // len(self.masks[branch]))
-                holders = holders.view([-1 if d == dim else 1 for d in range(len(shape))])
+                count = self.masks[branch].sum(1).repeat_interleave(shape[dim] // len(self.masks[branch]))
+                count = count.view([-1 if d == dim else 1 for d in range(len(shape))])
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            p.grad /= (holders * (self.world // self.n_subnets)).to(self.device)  # 1/|H_j| * sum of g_ij
+            p.grad /= (count * (self.world // self.n_subnets)).to(self.device)  # 1/|H_j| * sum of g_ij
 
     def clip_grad_norm(self, max_norm, *scalars):
         """-> float64 [1 + len(scalars)]: the gradient's norm before clipping, and the scalars."""
@@ -416,7 +409,7 @@ class Bucket(NamedTuple):
     """Runs with the same holders.  Their gradients travel as one message."""
     holders: tuple
     runs: list
-    share: torch.Tensor             # 1/|H_j|, a 0-dim tensor
+    share: torch.Tensor             # 1/|H_j|; as a float it would be compiled in
 
 
 class Exchange(NamedTuple):
@@ -452,6 +445,8 @@ class MaskedAllReduce:
     refresh().
     """
 
+    no_sync = nullcontext           # here the gradients of micro-steps add up until finish()
+
     def __init__(self, module, masks, layout, backward=False, timeout=None):
         self.module, self.masks, self.layout = module, masks, layout
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -479,7 +474,8 @@ class MaskedAllReduce:
         self.runs_in = defaultdict(list)                    # trained parameter -> its runs, as they lie in it
         for run in self.runs:
             self.runs_in[run.local].append(run)
-        # Making a group is itself collective: all ranks make all groups, in the same order
+        # Making a group is itself collective: all ranks make all groups, in the same order.  Messages too
+        # are sent in the order of this dict
         self.groups = {}                                    # holders -> ProcessGroup
         for run in all_runs:
             if run.holders not in self.groups:
@@ -491,22 +487,15 @@ class MaskedAllReduce:
         self.shares = torch.stack([bucket.share for bucket in self.buckets]).double()
         self.squares = []                                   # sum of squares of each message that has arrived
         self.exchanges = self._plan_refresh(all_runs) if backward else []
-        self._coming = []                                   # refresh messages under way
         self._stale = False                                 # finish() was called, and refresh() was not yet
         module.is_wrapped = True
         for run in self.runs:                               # all begin with the first holder's weights
             dist.broadcast(run.param.data, group=self.groups[run.holders], group_src=0)
-        self.refresh()
-        self.arrive()
+        MaskedAllReduce.refresh(self)
 
     def forward(self, worker, *inputs):
         """Forward pass of worker `worker`, which is this process's."""
         return self.module(*inputs)
-
-    @contextmanager
-    def no_sync(self):
-        """Around all micro-steps of an update but the last.  (Here gradients add up until finish().)"""
-        yield
 
     @torch.no_grad()
     def finish(self):
@@ -574,35 +563,29 @@ class MaskedAllReduce:
         """Backward masking: brings new weights to those who run them frozen.  Forward masking: nothing."""
         self._stale = False
         for exchange in self.exchanges:
-            self._begin(exchange)
-            self.arrive()
+            self._receive(exchange, *self._send(exchange))
 
-    def _begin(self, exchange):
+    def _send(self, exchange):
         nothing = torch.empty(0, dtype=self.dtype, device=self.device)
         message = torch.cat([nothing, *chain(*exchange.sends)])
         send_sizes = [numels(weights) for weights in exchange.sends]
         get_sizes = [numels(weights) for weights in exchange.gets]
         new = message.new_empty(sum(get_sizes))
         work = dist.all_to_all_single(new, message, get_sizes, send_sizes, async_op=True)
-        self._coming.append((work, message, new, exchange))  # keeps the message in memory until it has gone
+        return work, message, new                           # the message must live until it has gone
 
-    @torch.no_grad()
-    def arrive(self, left=0):
-        """Waits for refresh messages, the oldest first, until at most `left` are under way."""
-        while len(self._coming) > left:
-            work, _, new, exchange = self._coming.pop(0)
-            work.wait()
-            if len(new):
-                weights = list(chain(*exchange.gets))
-                torch._foreach_copy_(weights, new.split([weight.numel() for weight in weights]))
+    def _receive(self, exchange, work, message, new):
+        work.wait()
+        if len(new):
+            weights = list(chain(*exchange.gets))
+            torch._foreach_copy_(weights, new.split([weight.numel() for weight in weights]))
 
     def close(self):
         """Ends the process groups made here, so that the module can be wrapped again.  Collective."""
-        self.refresh()
-        self.arrive()
+        MaskedAllReduce.refresh(self)                       # or the module would be left with old weights
         self.module.zero_grad()
         self.module.is_wrapped = False
-        dist.barrier()                                      # or gloo fails a rank that still connects
+        dist.barrier()                                      # a rank that is still at work needs its groups
         for group in self.groups.values():
             if group is not dist.group.WORLD and group is not dist.GroupMember.NON_GROUP_MEMBER:
                 dist.destroy_process_group(group)
@@ -616,16 +599,15 @@ class MaskedAllReduce:
     def _find_runs(self):
         """All runs of the full model in forward order, with their place in this process's module."""
         here = {(slot.name, slot.trains): local for local, slot in self.slots.items()}
-        memory = {local: flat(p.data, self.slots[local]) for local, p in self.params.items()}
-        end = Counter()                                     # of the runs found so far in each parameter
+        rest = {local: flat(p.data, self.slots[local]) for local, p in self.params.items()}
         out = []
         for name, holders, numel in runs_of(self.masks, self.layout):
             trains = self.subnet in holders
             local = here.get((name, trains))
             param = None                                    # forward masking: frozen neurons are not here
             if local is not None:
-                param = nn.Parameter(memory[local][end[local]:end[local] + numel], requires_grad=trains)
-                end[local] += numel
+                param = nn.Parameter(rest[local][:numel], requires_grad=trains)
+                rest[local] = rest[local][numel:]           # runs lie in the order in which we find them
             out.append(Run(name, holders, numel, local, param))
         return out
 
@@ -689,8 +671,9 @@ class MaskedAllReduce:
         """Yields (full name, full tensor), one at a time, for full names that begin with `under`.
 
         tensors: one for each of self.runs, in its shape: optimizer states or gradients; default the
-        weights.  Collective: all ranks must exhaust it.  Each holder pastes its rows, the others have zero
-        bytes there.  All holders have the same bits, so the maximum over bytes is exactly those bits.
+        weights.  Clone what you keep: some are views of this worker's memory.  Collective: all ranks must
+        exhaust it.  Each holder pastes its rows, the others have zero bytes there.  All holders have the
+        same bits, so the maximum over bytes is exactly those bits.
         """
         tensors = tensors or [run.param for run in self.runs]
         parts = defaultdict(list)                           # full name -> its runs' tensors
@@ -719,7 +702,7 @@ class MaskedAllReduce:
 class SubnetDataParallel(MaskedAllReduce):
     """The same, but messages leave while the backward pass runs, and refreshes arrive in the next forward.
 
-    bucket_bytes: when the runs of some holder set have so many bytes, new buckets are begun.  As DDP's.
+    bucket_bytes: when the runs of some holder set have so many bytes, new buckets are begun.
     reduce_dtype: of the gradients in messages; torch.bfloat16 halves the bytes.  Replicas stay bit-identical.
     compile: torch.compile what is done with each message before and after it travels.
     """
@@ -737,6 +720,7 @@ class SubnetDataParallel(MaskedAllReduce):
             for run in bucket.runs:
                 self._buckets_of[run.local].append(i)
         self._synchronise = True
+        self._coming = []                                   # refresh messages under way
         self._restart()
         self._hooks = [self.params[local].register_post_accumulate_grad_hook(partial(self._ready, local))
                        for local in self.runs_in]
@@ -821,7 +805,7 @@ class SubnetDataParallel(MaskedAllReduce):
         if not self._synchronise:
             raise RuntimeError("finish() inside no_sync(): the last micro-step must be outside of it")
         used = {self.layout[self.slots[local].name][0] for local in self._taken}  # branches
-        for *_, exchange in self._coming:
+        for exchange, *_ in self._coming:
             if used & exchange.branches:
                 raise RuntimeError(f"weights of {min(used & exchange.branches)} were used before they had "
                                    f"arrived: the module around that branch was never called as one; call "
@@ -847,8 +831,13 @@ class SubnetDataParallel(MaskedAllReduce):
         """
         self._stale = False
         self.arrive()
-        for exchange in self.exchanges:
-            self._begin(exchange)
+        self._coming = [(exchange, *self._send(exchange)) for exchange in self.exchanges]
+
+    @torch.no_grad()
+    def arrive(self, left=0):
+        """Waits for refresh messages, the oldest first, until at most `left` are under way."""
+        while len(self._coming) > left:
+            self._receive(*self._coming.pop(0))
 
     def _hook_arrivals(self):
         """Lets each branch wait for its weights: the module that has all of its parameters inside."""
@@ -868,7 +857,7 @@ class SubnetDataParallel(MaskedAllReduce):
         self.arrive(left)
 
     def reset(self):
-        """Drops all gradients: after an exception that all ranks had alike.  Collective."""
+        """Drops all gradients, so that you can go on after an exception that all ranks had.  Collective."""
         for work, *_ in self._flying:
             work.wait()
         self._restart()
@@ -878,6 +867,7 @@ class SubnetDataParallel(MaskedAllReduce):
 
     def close(self):
         """Removes the hooks and ends the groups, so that the module can be wrapped again.  Collective."""
+        self.arrive()
         super().close()
         for hook in self._hooks:
             hook.remove()
@@ -936,11 +926,15 @@ def relative_costs(branches):
     return cost / (neurons @ cost)
 
 
-def loads(masks, branches):
-    """[n_subnets, kinds]: what each subnet carries of the branches, over the mean subnet."""
+def block_costs(branches, blocks):
+    """What each block costs [blocks, kinds], as a fraction of the whole model, and its neurons [blocks]."""
     costs = relative_costs(branches)
-    load = sum(np.outer(mask.sum(0).numpy(), cost) for mask, cost in zip(masks.values(), costs))
-    return load / load.mean(0)
+    cost = np.zeros((len(blocks), costs.shape[1]))
+    size = np.zeros(len(blocks))
+    for (block, neurons, *_), of_one in zip(branches.values(), costs):
+        cost[blocks.index(block)] += of_one * neurons
+        size[blocks.index(block)] += neurons
+    return cost, size
 
 
 def rows_of(masks):
@@ -984,7 +978,7 @@ def picture(masks, branches):
 def balanced_sets(cost, size, n_subnets, held, seed):
     """Gives each of n items (blocks, say) a set of `held` subnets; at most `n_subnets` different sets.
 
-    cost [n, kinds], size [n] in neurons -> bool [n, n_subnets].  Any sets would do.  These have a small
+    cost [n, kinds], size [n] in neurons -> bool tensor [n, n_subnets].  Any would do.  These have a small
 
         10 (components - 1)  +  largest load / mean  +  0.01 (mean square load)  -  0.02 (spectral gap)
 
@@ -996,7 +990,7 @@ def balanced_sets(cost, size, n_subnets, held, seed):
     if not 1 <= held <= n_subnets:
         raise ValueError(f"held must be from 1 to {n_subnets} (the number of subnets), not {held}")
     if held == n_subnets:
-        return np.ones((len(cost), n_subnets), bool)
+        return torch.ones(len(cost), n_subnets, dtype=torch.bool)
     rng = np.random.default_rng(seed)
     cost = cost / cost.sum(0) * n_subnets / held            # now a subnet's mean load is 1
     # Items beyond the number of sets share one: dearest first, into the lightest bundle
@@ -1034,11 +1028,11 @@ def balanced_sets(cost, size, n_subnets, held, seed):
                 sets, bad = trial, new
         found.append((bad, sets))
     _, sets = min(found, key=itemgetter(0))
-    return sets[bundle]
+    return torch.from_numpy(sets[bundle])
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Appendix 2: what is refused, as it would be trained wrongly
+# Appendix 2: what we refuse, because it would be trained wrongly
 # -----------------------------------------------------------------------------------------------------------
 
 def check_masks(masks, branches):

@@ -72,9 +72,9 @@ def momentum(runs, layout, lr):
     return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
-# All in which models of text and models of images differ here.  size: what the data decides of the config;
-# moments: the optimizer's state of a weight; last_lr: where the schedule ends, as a part of the peak; scales:
-# branches are scaled (a batch norm behind the sum would undo it)
+# Everything that differs between models of text and models of images.  size: the field of the config that the
+# data decides; moments: the optimizer's state of a weight; last_lr: where the schedule ends, as a part of the
+# peak; scales: forward masking scales the branches (for images not: a batch norm follows, and scales anyway)
 TEXT = SimpleNamespace(module=llama, Model=llama.Llama, size="vocab_size", optimizer=adamw,
                        moments=("exp_avg", "exp_avg_sq"), max_norm=1.0, last_lr=0.1, scales=True)
 IMAGES = SimpleNamespace(module=resnet, Model=resnet.ResNet, size="num_classes", optimizer=momentum,
@@ -85,7 +85,7 @@ FAMILIES = {model: IMAGES if model in resnet.PRESETS else TEXT for model in DEFA
 # -- Flags -----------------------------------------------------------------------------------------
 
 def positive(text):
-    if not 1 <= int(text) <= 10**9:                                  # torch cannot wait for more seconds
+    if not 1 <= int(text) <= 10**9:                                  # more is too much for --timeout
         raise argparse.ArgumentTypeError(f"must be at least 1 and at most {10**9}, not {text}")
     return int(text)
 
@@ -207,7 +207,7 @@ def train(args, device):
     first_rank_first(begin_metrics, args, start)                     # not before, as building can fail
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     flops_done = saved.get("flops", 0)
-    lost = 0                                                         # the last so many updates
+    lost = 0                                                         # updates skipped in a row
     started = time.perf_counter()
     watch_signals()
 
@@ -218,7 +218,8 @@ def train(args, device):
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = accumulate(sync, dataset, step, args.grad_accum, autocast)
-        # One message for norm, loss and the wish to stop (a signal has come), and the host waits but once
+        # One message adds up over the workers: the loss, which becomes a mean, and the wish to stop, of those
+        # whom a signal has reached.  It also brings the norm
         message = sync.clip_grad_norm(design.family.max_norm, loss / sync.world, float(STOP))
         norm, loss, stops = message.tolist()
         if math.isfinite(norm) and math.isfinite(loss):              # alike on all ranks
@@ -227,7 +228,7 @@ def train(args, device):
             lost = 0
         else:
             lost += 1
-        if lost == 10:                                               # a dead model must not be saved twice
+        if lost == 10:                                               # a dead model must not be saved
             raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {now}: "
                             f"go on from the last checkpoint with --resume and a smaller --lr")
         optimizer.zero_grad()
@@ -235,7 +236,7 @@ def train(args, device):
         flops_done += flops * args.grad_accum
         ms = (time.perf_counter() - began) * 1000
 
-        evaluates = end or (now % args.eval_every == 0 and not stops)  # there may be no time
+        evaluates = end or (now % args.eval_every == 0 and not stops)  # who stops us may not wait so long
         saves = end or stops or now % args.save_every == 0
         if evaluates or saves:
             statistics = estimate_statistics(sync, full, dataset, autocast)
@@ -269,7 +270,8 @@ def accumulate(sync, dataset, step, micro_steps, autocast):
     for worker in sync.workers:                                      # one under torchrun, all of them without
         for micro in range(micro_steps):
             inputs = dataset.batch("train", step * micro_steps + micro, worker, sync.world)
-            with nullcontext() if micro == micro_steps - 1 else sync.no_sync():
+            last = micro == micro_steps - 1
+            with nullcontext() if last else sync.no_sync():
                 with autocast:
                     loss = sync.forward(worker, *(t.to(sync.device) for t in inputs)) / micro_steps
                 loss.backward()
@@ -334,7 +336,7 @@ class Design:
         with torch.device("meta"):
             model = self.family.Model(self.config, sdp.held_counts(self.masks, subnet), self.backward, **more)
         model.checkpoint_activations = self.args.checkpoint_activations
-        # Already here, as weights that are frozen cost fewer FLOPs
+        # Frozen weights cost fewer FLOPs, and these are counted before the model has weights
         for local, slot in sdp.slots(model, self.masks, self.layout, subnet).items():
             model.get_parameter(local).requires_grad_(slot.trains)
         return model
@@ -364,7 +366,8 @@ def build(design, device, checkpoint):
             compile_blocks(module)
     else:
         modules = [design.model(subnet) for subnet in range(design.n_subnets)]
-        sync = sdp.Simulation(modules, design.masks, design.layout, value, design.args.subnets, device)
+        workers = design.args.subnets                                # for DDP too, where S is 1
+        sync = sdp.Simulation(modules, design.masks, design.layout, value, workers, device)
     optimizer = design.family.optimizer(sync.runs, design.layout, design.args.lr)
     if not checkpoint:
         return sync, optimizer
@@ -387,8 +390,6 @@ class DataParallel:
     """torch's DistributedDataParallel with the interface of sdp.SubnetDataParallel, to compare with."""
 
     def __init__(self, module, wire=None):
-        for p in module.parameters():
-            p.data = p.data.contiguous()                             # sdp.cut had laid it out by neurons
         self.runs = [sdp.Run(name, (0,), p.numel(), name, p) for name, p in module.named_parameters()]
         self.params = [run.param for run in self.runs]
         self.device = self.params[0].device
@@ -413,7 +414,8 @@ class DataParallel:
         pass
 
     def clip_grad_norm(self, max_norm, *scalars):
-        packet = [nn.utils.clip_grad_norm_(self.params, max_norm) / self.world, *scalars]
+        norm = nn.utils.clip_grad_norm_(self.params, max_norm)
+        packet = [norm / self.world, *scalars]                       # all have the same norm: the sum is that
         packet = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in packet])
         dist.all_reduce(packet)
         return packet
@@ -499,11 +501,13 @@ def estimate_statistics(sync, full, dataset, autocast):
     Those of the subnetworks would be of no use.  These are plain means over all workers' first batches.
     """
     norms = [module for module in full.modules() if isinstance(module, nn.BatchNorm2d)]
+    if not norms:
+        return {}
     for norm in norms:
         norm.to_empty(device=sync.device).reset_running_stats()
     full.train()
     with autocast:
-        for _ in run_full_model(sync, full, dataset, "train", STATISTICS_IMAGES if norms else 0):
+        for _ in run_full_model(sync, full, dataset, "train", STATISTICS_IMAGES):
             pass                                                     # the forward passes fill the statistics
     full.eval()
     if DISTRIBUTED:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -177,6 +178,13 @@ class Tracker(MemTracker):
         return super()._track_module_params_and_buffers(module, install_grad_hooks)
 
 
+def loads(masks, branches):
+    """[n_subnets, kinds]: what each subnet carries of the branches, over the mean subnet."""
+    costs = sdp.relative_costs(branches)
+    load = sum(np.outer(mask.sum(0).numpy(), cost) for mask, cost in zip(masks.values(), costs))
+    return load / load.mean(0)
+
+
 @contextmanager
 def alone(rank, world):
     """Makes this process worker `rank` of `world` without the others: a fake group takes every message."""
@@ -330,7 +338,7 @@ def largest(design, world):
     """
     if design.n_subnets == 1:
         return [0]
-    load = sdp.loads(design.masks, design.branches)                  # [subnets, (bytes, FLOPs, activations)]
+    load = loads(design.masks, design.branches)                  # [subnets, (bytes, FLOPs, activations)]
     found = {*load.argmax(0).tolist(), int(load[:, [0, 2]].sum(1).argmax())}
     if design.backward:
         sent_bytes = sends(design, world)
@@ -344,7 +352,7 @@ def size_of(design, world, batch):
     params = max(sum(p.numel() for p in model.parameters()) for model in models)
     if design.args.parallel.startswith("fsdp"):
         params = -(-params // world)
-    most = models[int(sdp.loads(design.masks, design.branches)[:, 1].argmax())]
+    most = models[int(loads(design.masks, design.branches)[:, 1].argmax())]
     return {"params": params, "flops": train.measure_flops(most, batch) * design.args.grad_accum}
 
 

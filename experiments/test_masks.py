@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 import model_llama as llama
 import model_resnet as resnet
 import sdp
+from plan import loads
 from test_sdp import alone, family, masks_for, subnetwork
 
 
@@ -26,7 +28,7 @@ def test_equal_blocks_are_dealt_as_evenly_as_whole_numbers_allow(blocks, subnets
     branches = {str(b): (b, 4 * subnets, 1.0, 1.0) for b in range(blocks)}
     masks = (sdp.block_masks if level == "block" else sdp.neuron_masks)(branches, subnets, held)
     best = -(-blocks * held // subnets) / (blocks * held / subnets) if level == "block" else 1.0
-    assert sdp.loads(masks, branches).max() == pytest.approx(best)
+    assert loads(masks, branches).max() == pytest.approx(best)
 
 
 def test_neuron_masks_balance_branches_smaller_than_the_number_of_subnets():
@@ -36,7 +38,7 @@ def test_neuron_masks_balance_branches_smaller_than_the_number_of_subnets():
         load = {b: np.outer(m.sum(0), branches[b][2:]) for b, m in masks.items()}  # [subnets, kinds]
         head = np.array(branches["model.layers.0.self_attn"][2:]) / sum(load.values()).mean(0)
         # never two heads over the mean
-        assert (sdp.loads(masks, branches).max(0) <= 1 + 2 * head + 1e-9).all()
+        assert (loads(masks, branches).max(0) <= 1 + 2 * head + 1e-9).all()
 
 
 def best_balance(cost, subnets, held, restarts):
@@ -74,7 +76,7 @@ def test_loads_of_resnet18_are_balanced_within_5_percent_of_the_best(held):
         load = {name: np.outer(mask.sum(0), branches[name][2:]) for name, mask in masks.items()}
         load = sum(load.values()) / sum(load.values()).mean(0)  # [subnets, (bytes, FLOPs, activations)]
         assert load.max() <= 1.05 * best
-        assert sdp.loads(sdp.neuron_masks(branches, 8, held, seed), branches).max() < 1.001
+        assert loads(sdp.neuron_masks(branches, 8, held, seed), branches).max() < 1.001
 
 
 def test_masks_for_64_subnets_and_100_blocks_take_less_than_a_second():
