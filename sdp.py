@@ -469,7 +469,7 @@ class MaskedAllReduce:
                 p.data = p.data.movedim(slot.dim, 0).contiguous().movedim(0, slot.dim)
 
         all_runs = self._find_runs()
-        check_regime(all_runs, self.subnet, backward)
+        check_runs(all_runs, self.n_subnets, self.subnet, backward)
         self.runs = [run for run in all_runs if self.subnet in run.holders]
         self.runs_in = defaultdict(list)                    # trained parameter -> its runs, as they lie in it
         for run in self.runs:
@@ -1077,8 +1077,10 @@ def check_module(module, masks, layout, subnet, found):
                          f"persistent=False, and batch norms with track_running_stats=False")
 
 
-def check_regime(all_runs, subnet, backward):
-    """Raises ValueError if the module was built for the other regime."""
+def check_runs(all_runs, n_subnets, subnet, backward):
+    """Raises ValueError if some subnet holds nothing, or the module was built for the other regime."""
+    if len(set(chain(*(run.holders for run in all_runs)))) < n_subnets:
+        raise ValueError("a subnet holds nothing at all: give it some neurons, or leave it out of the masks")
     for run in all_runs:
         if subnet not in run.holders:
             if backward and run.param is None:

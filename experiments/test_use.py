@@ -198,6 +198,11 @@ def test_wrong_use_is_refused():
         for _ in range(2):
             with pytest.raises(RuntimeError, match="needs refresh"):
                 sync.finish()
+        net = nn.Module()
+        net.inside = Branch(6)
+        inside = {name: place for name, place in NET.items() if "inside" in name}
+        with pytest.raises(ValueError, match="a subnet holds nothing at all"):
+            wrapped(net, {"inside": torch.tensor([[True, False]] * 6)}, inside)
         with pytest.raises(ValueError, match="scales nothing"):
             llama.Llama(TINY, backward=True, scales={})
         frozen = sdp.materialize(Net(3), NET_MASKS, NET, 0, net_value)
