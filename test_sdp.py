@@ -392,8 +392,6 @@ def test_spectral_gap_of_known_masks():
     assert sdp.spectral_gap(*sdp.rows_of(sdp.block_masks(branches, 8, 3)))[0] > 0.66
 
 
-
-
 # -----------------------------------------------------------------------------------------------------------
 # Exactness, over real processes
 # -----------------------------------------------------------------------------------------------------------
@@ -683,8 +681,6 @@ def alone(rank=0, world=2):
         dist.destroy_process_group()
 
 
-
-
 def _messages_of_a_refresh_before_and_after_the_forward_pass(masks):
     sync, (x, y) = make_sync(TINY, masks, True), tokens_for(0, 0)
     llama.loss(sync.forward(0, x), y).backward()
@@ -963,7 +959,6 @@ def test_messages_leave_while_backward_still_runs_and_gradients_live_in_them(mon
         assert len(complete) == count
 
 
-
 # -----------------------------------------------------------------------------------------------------------
 # Initialisation, the full model, checkpoints
 # -----------------------------------------------------------------------------------------------------------
@@ -997,5 +992,3 @@ def test_init_is_a_function_of_seed_and_name():
     assert all(torch.equal(a(n), b(n)) and not torch.equal(a(n), c(n)) for n in names)
     first, second = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
     assert not torch.equal(a(first), a(second)) and a(first).std() == pytest.approx(0.02, rel=0.2)
-
-
