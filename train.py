@@ -188,11 +188,7 @@ def train(args, device):
     design = Design(args, config)
     full = design.full_model()
     start, updates = check_checkpoint(checkpoint, design, full, dataset) if checkpoint else (0, 0)
-    files = [module.__file__ for module in (sys.modules[__name__], sdp, data, llama, resnet)]
-    code = b"".join(Path(file).read_bytes() for file in files)
-    agree({**vars(args), "version of torch": torch.__version__, "code": hashlib.sha256(code).hexdigest(),
-           "checkpoint": checkpoint.get("checksum"), "contents of --data": dataset.digest,
-           "masks": data.fingerprint(mask.numpy() for mask in design.masks.values())})
+    agree(basis(design, dataset, checkpoint))                        # all ranks must start alike
     first_rank_first(claim_out_dir, args)
     describe(design, dataset, saved, device)
     batch = dataset.batch("train", 0, 0, 1)                          # for its shape
@@ -774,6 +770,15 @@ def start_processes(wanted, timeout):
                             device_id=device if backend == "nccl" else None)
     PATIENT = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     return device
+
+
+def basis(design, dataset, checkpoint):
+    """{name: what a run depends on}"""
+    files = [module.__file__ for module in (sys.modules[__name__], sdp, data, llama, resnet)]
+    code = b"".join(Path(file).read_bytes() for file in files)
+    return {**vars(design.args), "version of torch": torch.__version__, "contents of --data": dataset.digest,
+            "code": hashlib.sha256(code).hexdigest(), "checkpoint": checkpoint.get("checksum"),
+            "masks": data.fingerprint(mask.numpy() for mask in design.masks.values())}
 
 
 def agree(mine):
