@@ -111,6 +111,7 @@ def rows():
         out[f"block-6-{name}-flops"] = replace(block, **change)
     neuron = Row(level="neuron", held=6, flops=True, lr_of="neuron-6-flops")
     out["neuron-6-redraw-50-flops"] = replace(neuron, redraw=50)
+    out["neuron-6-ends-flops"] = replace(neuron, held=5, ends=True)
     for row in block, neuron:
         for percent in 10, 20:
             out[f"{row.level}-6-finish-{percent}-flops"] = replace(row, finish=percent / 100)
