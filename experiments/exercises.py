@@ -15,6 +15,7 @@ import itertools
 import math
 import numbers
 import runpy
+import signal
 import sys
 import tempfile
 from datetime import timedelta
@@ -403,4 +404,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` may close the output
     sys.exit(main())

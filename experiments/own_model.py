@@ -33,6 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
 import sdp
 
 VOCAB = 256                                                          # a token is a byte
@@ -386,4 +387,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(data.run_program(main))

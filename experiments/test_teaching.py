@@ -288,7 +288,10 @@ def test_the_snippets_of_the_readme_are_a_script(tmp_path, backward):
     assert run_on(4, _run_script, str(script)) == [15] * 4           # 3, and 6 at each redrawing
 
 
-def test_the_readme_is_short():
-    lines = (HERE.parent / "README.md").read_text().splitlines()
+def test_the_readme_is_short_and_the_test_it_names_exists():
+    readme = (HERE.parent / "README.md").read_text()
+    name, = re.findall(r"pytest -q test_sdp.py -k (\w+)", readme)
+    assert re.search(rf"def test_\w*{name}", (HERE.parent / "test_sdp.py").read_text())
+    lines = readme.splitlines()
     assert len(lines) <= 230 and sum(len(line.split()) for line in lines) <= 2500
     assert max(map(len, lines)) <= 120
