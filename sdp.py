@@ -599,15 +599,15 @@ class MaskedAllReduce:
     def _find_runs(self):
         """All runs of the full model in forward order, with their place in this process's module."""
         here = {(slot.name, slot.trains): local for local, slot in self.slots.items()}
-        rest = {local: flat(p.data, self.slots[local]) for local, p in self.params.items()}
+        memory = {local: flat(p.data, self.slots[local]) for local, p in self.params.items()}
         out = []
         for name, holders, numel in runs_of(self.masks, self.layout):
             trains = self.subnet in holders
             local = here.get((name, trains))
             param = None                                    # forward masking: frozen neurons are not here
             if local is not None:
-                param = nn.Parameter(rest[local][:numel], requires_grad=trains)
-                rest[local] = rest[local][numel:]           # runs lie in the order in which we find them
+                param = nn.Parameter(memory[local][:numel], requires_grad=trains)
+                memory[local] = memory[local][numel:]       # what comes behind this run
             out.append(Run(name, holders, numel, local, param))
         return out
 
@@ -810,7 +810,7 @@ class SubnetDataParallel(MaskedAllReduce):
                 raise RuntimeError(f"weights of {min(used & exchange.branches)} were used before they had "
                                    f"arrived: the module around that branch was never called as one; call "
                                    f"arrive() before the forward pass")
-        self.arrive()                                       # of branches that took no part in this loss
+        self.arrive()                                       # some branches took no part in this loss
         self._begin_finish()
         for local in self.runs_in:
             if local not in self._taken:
