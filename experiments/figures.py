@@ -221,18 +221,21 @@ def flops():
 def coverage():
     """Validation loss against coverage, at equal FLOPs and at equal steps, as quality.py ran."""
     rows = best_runs(250)
+    ddp = [row["val_loss"] for row in rows["ddp"]]
     fig, axis = plt.subplots(figsize=(6.4, 3.8))
     for level, colour in ("block", "#1b6ca8"), ("neuron", "#c2571a"):
         for ending, style, what in ("-flops", "-", "equal FLOPs"), ("", "--", "equal steps"):
             points = []
             for held in range(4, 8):
                 points += [(held, row["val_loss"]) for row in rows.get(f"{level}-{held}{ending}", [])]
-            points += [(8, row["val_loss"]) for row in rows["ddp"]]
+            axis.plot(*zip(*points), "o", color=colour, markersize=4, alpha=0.6,
+                      markerfacecolor=colour if ending else "none")
+            points += [(8, loss) for loss in ddp]
             helds = sorted({held for held, _ in points})
             means = [np.mean([loss for h, loss in points if h == held]) for held in helds]
             axis.plot(helds, means, style, color=colour, label=f"{level}, {what}")
-            axis.plot(*zip(*points), "o", color=colour, markersize=4, alpha=0.6,
-                      markerfacecolor=colour if ending else "none")
+    axis.plot([8] * len(ddp), ddp, "o", color="black", markersize=4)
+    axis.set_title("250 updates of DDP; lines: means, points: seeds", loc="left", fontsize=11)
     axis.set_xticks(range(4, 9), ["4/8", "5/8", "6/8", "7/8", "8/8 = DDP"])
     axis.set_xlabel("coverage")
     axis.set_ylabel("validation loss, nats per byte")
