@@ -806,10 +806,11 @@ class SubnetDataParallel(MaskedAllReduce):
             raise RuntimeError("finish() inside no_sync(): the last micro-step must be outside of it")
         used = {self.layout[self.slots[local].name][0] for local in self._taken}  # branches
         for exchange, *_ in self._coming:
-            if used & exchange.branches:
-                raise RuntimeError(f"weights of {min(used & exchange.branches)} were used before they had "
-                                   f"arrived: the module around that branch was never called as one; call "
-                                   f"arrive() before the forward pass")
+            early = used & exchange.branches
+            if early:
+                raise RuntimeError(f"weights of {min(early)} were used before they had arrived: the module "
+                                   f"around that branch was never called as one; call arrive() before the "
+                                   f"forward pass")
         self.arrive()                                       # some branches took no part in this loss
         self._begin_finish()
         for local in self.runs_in:

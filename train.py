@@ -544,10 +544,11 @@ def sample(args, count=200):
     checkpoint = open_checkpoint(Path(args.out_dir)) if args.resume else {}
     if not checkpoint:
         raise UserError(f"--sample needs --resume and a checkpoint in --out-dir {args.out_dir}")
-    vocab_size = checkpoint["config"].get("vocab_size")
-    settle(args, checkpoint["config"])
+    saved = checkpoint["config"]
+    settle(args, saved)
     if FAMILIES[args.model] is not TEXT:
         raise UserError(f"--sample prints text, and the checkpoint's model, {args.model}, reads images")
+    vocab_size = saved.get("vocab_size")
     encoding = data.encoding_for(vocab_size)
     device, _ = pick_device(args.device)
     with torch.device("meta"):

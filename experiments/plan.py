@@ -338,7 +338,7 @@ def largest(design, world):
     """
     if design.n_subnets == 1:
         return [0]
-    load = loads(design.masks, design.branches)                  # [subnets, (bytes, FLOPs, activations)]
+    load = loads(design.masks, design.branches)                      # [subnets, (bytes, FLOPs, activations)]
     found = {*load.argmax(0).tolist(), int(load[:, [0, 2]].sum(1).argmax())}
     if design.backward:
         sent_bytes = sends(design, world)

@@ -229,7 +229,7 @@ def _starts_that_differ(backward):
 
 def _saved_and_loaded_while_a_refresh_is_under_way():
     sync = make_sync(TINY, masks_for(TINY, 4, 3, "neuron"), True)
-    old = copy.deepcopy({name: t for name, t in sync.module.state_dict().items()})
+    old = {name: t.clone() for name, t in sync.module.state_dict().items()}
     for run in sync.runs:
         run.param.data.add_(1)
     sync.refresh()
@@ -243,6 +243,14 @@ def _saved_and_loaded_while_a_refresh_is_under_way():
 
 def test_weights_are_saved_and_loaded_after_those_under_way_have_arrived():
     assert all(run_on(4, _saved_and_loaded_while_a_refresh_is_under_way))
+
+
+def test_a_wrapped_module_can_be_copied_under_forward_masking():
+    with alone():
+        sync = wrapped(Net(3))
+        twin = copy.deepcopy(sync.module)                   # as those do who average weights over time
+        for name, weight in sync.module.state_dict().items():
+            assert torch.equal(twin.get_parameter(name), weight)
 
 
 def _under_way_in_each_layer_and_without_some(masks):
