@@ -40,7 +40,8 @@ The words:
 The file has the method four times, each time closer to the machine: `naive_masked_average`, which needs
 full-size tensors; `Simulation`, all workers in one process; `MaskedAllReduce`, real workers, one message
 for each holder set; and `SubnetDataParallel`, whose messages leave while the backward pass still runs.  You
-can stop after `MaskedAllReduce`.  Appendix 1 finds and describes masks.  Appendix 2 is about refusals.
+can stop after `MaskedAllReduce`.  Then come `Refresher`, for backward masking alone, and `stream`, which
+evaluates the full model.  Appendix 1 finds and describes masks.  Appendix 2 is about refusals.
 """
 
 import hashlib
@@ -94,7 +95,7 @@ def neuron_masks(branches, n_subnets, held, seed=0):
     total = sum(neurons for _, neurons, *_ in branches.values())
     ones = np.ones(min(n_subnets, total))                   # all sets cost the same
     sets = balanced_sets(ones[:, None], ones, n_subnets, held, seed)  # bool [sets, n_subnets]
-    costs = dict(zip(branches, map(tuple, relative_costs(branches))))
+    costs = {name: costs for name, (_, _, *costs) in branches.items()}
     masks = {}
     dealt = 0                                               # neurons, as cards are: to the sets in turn
     for name in sorted(branches, key=costs.get):            # like branches follow each other
@@ -412,13 +413,6 @@ class Bucket(NamedTuple):
     share: torch.Tensor             # 1/|H_j|; as a float it would be compiled in
 
 
-class Exchange(NamedTuple):
-    """One message of a refresh: an all-to-all, in which a worker sends to each other what that one lacks."""
-    branches: set                   # it has weights of these
-    sends: list                     # for each rank a list of runs' weights, which this worker sends to it
-    gets: list                      # from each rank: frozen runs' weights
-
-
 class MaskedAllReduce:
     """The method on real workers in its plain form: after the backward pass, one message for each holder set.
 
@@ -446,6 +440,7 @@ class MaskedAllReduce:
     """
 
     no_sync = nullcontext           # here the gradients of micro-steps add up until finish()
+    bucket_bytes = math.inf         # a message may have any size
 
     def __init__(self, module, masks, layout, backward=False, timeout=None):
         self.module, self.masks, self.layout = module, masks, layout
@@ -486,7 +481,7 @@ class MaskedAllReduce:
         self.buckets = self._plan_buckets(all_runs)
         self.shares = torch.stack([bucket.share for bucket in self.buckets]).double()
         self.squares = []                                   # sum of squares of each message that has arrived
-        self.exchanges = self._plan_refresh(all_runs) if backward else []
+        self.refresher = Refresher(self, all_runs if backward else [])
         self._stale = False                                 # finish() was called, and refresh() was not yet
         module.is_wrapped = True
         for run in self.runs:                               # all begin with the first holder's weights
@@ -512,7 +507,7 @@ class MaskedAllReduce:
     def _begin_finish(self):
         if self._stale:
             raise RuntimeError("frozen weights may be old: backward masking needs refresh() after finish()")
-        self._stale = bool(self.exchanges)
+        self._stale = bool(self.refresher.exchanges)
         self.squares = []
 
     def _take_gradient(self, local):
@@ -562,23 +557,8 @@ class MaskedAllReduce:
     def refresh(self):
         """Backward masking: brings new weights to those who run them frozen.  Forward masking: nothing."""
         self._stale = False
-        for exchange in self.exchanges:
-            self._receive(exchange, *self._send(exchange))
-
-    def _send(self, exchange):
-        nothing = torch.empty(0, dtype=self.dtype, device=self.device)
-        message = torch.cat([nothing, *chain(*exchange.sends)])
-        send_sizes = [numels(weights) for weights in exchange.sends]
-        get_sizes = [numels(weights) for weights in exchange.gets]
-        new = message.new_empty(sum(get_sizes))
-        work = dist.all_to_all_single(new, message, get_sizes, send_sizes, async_op=True)
-        return work, message, new                           # the message must live until it has gone
-
-    def _receive(self, exchange, work, message, new):
-        work.wait()
-        if len(new):
-            weights = list(chain(*exchange.gets))
-            torch._foreach_copy_(weights, new.split([weight.numel() for weight in weights]))
+        self.refresher.ask()
+        self.refresher.arrive()
 
     def close(self):
         """Ends the process groups made here, so that the module can be wrapped again.  Collective."""
@@ -592,7 +572,7 @@ class MaskedAllReduce:
 
     # -- plans, which every rank makes alike from masks and layout
 
-    def _count(self, holders):
+    def count_workers(self, holders):
         """|H_j|: each subnet is that of W/S workers."""
         return len(holders) * self.world // self.n_subnets
 
@@ -612,7 +592,7 @@ class MaskedAllReduce:
         return out
 
     def _bucket(self, holders, runs):
-        share = torch.tensor(1 / self._count(holders), dtype=self.dtype, device=self.device)
+        share = torch.tensor(1 / self.count_workers(holders), dtype=self.dtype, device=self.device)
         return Bucket(holders, runs, share)
 
     def _plan_buckets(self, all_runs):
@@ -620,43 +600,11 @@ class MaskedAllReduce:
         return [self._bucket(holders, [run for run in self.runs if run.holders == holders])
                 for holders in self.groups if self.subnet in holders]
 
-    def _plan_refresh(self, all_runs, limit=math.inf):
-        """Who sends whom new weights: exchanges in forward order, each with some `limit` numbers a worker.
-
-        Workers 0 to S-1 are a family, S to 2S-1 the next, and so on: each has all subnets, and refreshes
-        itself.  So on a host with S devices these weights never leave the host.  Of the holders, the one
-        with least to send so far sends.
-        """
-        family = self.rank - self.subnet                    # its first worker
-        load = Counter()                                    # numbers each subnet sends: first for averages
-        for run in all_runs:
-            for subnet in run.holders:
-                load[subnet] += run.numel * (2 - 2 / self._count(run.holders))
-        exchanges = []
-        for run, subnet in product(all_runs, range(self.n_subnets)):
-            if subnet in run.holders:
-                continue
-            if not exchanges or size >= limit:
-                size = 0
-                sends = [[] for _ in range(self.world)]
-                gets = [[] for _ in range(self.world)]
-                exchanges.append(Exchange(set(), sends, gets))
-            size += run.numel / self.n_subnets
-            exchanges[-1].branches.add(self.layout[run.name][0])
-            sender = min(run.holders, key=load.__getitem__)
-            load[sender] += run.numel
-            if self.subnet == sender:
-                sends[family + subnet].append(run.param.data)
-            elif self.subnet == subnet:
-                gets[family + sender].append(run.param.data)
-        return exchanges
-
     @property
     def sent_bytes(self):
         """What this worker sends in one update, in bytes."""
-        reduced = sum(run.numel * (2 - 2 / self._count(run.holders)) for run in self.runs)
-        refreshed = sum(numels(chain(*exchange.sends)) for exchange in self.exchanges)
-        return reduced * self.wire_dtype.itemsize + refreshed * self.dtype.itemsize
+        reduced = sum(run.numel * (2 - 2 / self.count_workers(run.holders)) for run in self.runs)
+        return reduced * self.wire_dtype.itemsize + self.refresher.sent * self.dtype.itemsize
 
     # -- the full model
 
@@ -720,11 +668,10 @@ class SubnetDataParallel(MaskedAllReduce):
             for run in bucket.runs:
                 self._buckets_of[run.local].append(i)
         self._synchronise = True
-        self._coming = []                                   # refresh messages under way
         self._restart()
         self._hooks = [self.params[local].register_post_accumulate_grad_hook(partial(self._ready, local))
                        for local in self.runs_in]
-        self._hook_arrivals()
+        self._hooks += self.refresher.hook(self)
 
     def _plan_buckets(self, all_runs):
         """This worker's buckets, in the order of sending.
@@ -753,10 +700,6 @@ class SubnetDataParallel(MaskedAllReduce):
                     buckets.append((run.holders, opened[run.holders]))
                 opened[run.holders].append(run)
         return [self._bucket(holders, runs) for holders, runs in reversed(buckets) if self.subnet in holders]
-
-    def _plan_refresh(self, all_runs):
-        """Each exchange has about as many bytes a worker as a bucket, so that a branch waits for little."""
-        return super()._plan_refresh(all_runs, limit=self.bucket_bytes / self.dtype.itemsize)
 
     def _restart(self):
         self.squares = []
@@ -804,13 +747,7 @@ class SubnetDataParallel(MaskedAllReduce):
         """
         if not self._synchronise:
             raise RuntimeError("finish() inside no_sync(): the last micro-step must be outside of it")
-        used = {self.layout[self.slots[local].name][0] for local in self._taken}  # branches
-        for exchange, *_ in self._coming:
-            early = used & exchange.branches
-            if early:
-                raise RuntimeError(f"weights of {min(early)} were used before they had arrived: the module "
-                                   f"around that branch was never called as one; call arrive() before the "
-                                   f"forward pass")
+        self.refresher.check({self.layout[self.slots[local].name][0] for local in self._taken})
         self.arrive()                                       # some branches took no part in this loss
         self._begin_finish()
         for local in self.runs_in:
@@ -831,31 +768,11 @@ class SubnetDataParallel(MaskedAllReduce):
         Call arrive() before you read or write frozen weights in any other way.
         """
         self._stale = False
-        self.arrive()
-        self._coming = [(exchange, *self._send(exchange)) for exchange in self.exchanges]
+        self.refresher.ask()
 
-    @torch.no_grad()
-    def arrive(self, left=0):
-        """Waits for refresh messages, the oldest first, until at most `left` are under way."""
-        while len(self._coming) > left:
-            self._receive(*self._coming.pop(0))
-
-    def _hook_arrivals(self):
-        """Lets each branch wait for its weights: the module that has all of its parameters inside."""
-        if self.exchanges:
-            self._hooks.append(self.module.register_state_dict_pre_hook(partial(self._wait, 0)))
-            self._hooks.append(self.module.register_load_state_dict_pre_hook(partial(self._wait, 0)))
-        for i, exchange in enumerate(self.exchanges):
-            left = len(self.exchanges) - 1 - i
-            for branch in exchange.branches:
-                paths = [local.split(".")[:-1] for local, slot in self.slots.items()
-                         if self.layout[slot.name][0] == branch]
-                common = os.path.commonprefix(paths)        # of lists: the names that all paths begin with
-                module = self.module.get_submodule(".".join(common))
-                self._hooks.append(module.register_forward_pre_hook(partial(self._wait, left)))
-
-    def _wait(self, left, *_):
-        self.arrive(left)
+    def arrive(self):
+        """Waits until all weights that refresh() asked for are here."""
+        self.refresher.arrive()
 
     def reset(self):
         """Drops all gradients, so that you can go on after an exception that all ranks had.  Collective."""
@@ -868,7 +785,6 @@ class SubnetDataParallel(MaskedAllReduce):
 
     def close(self):
         """Removes the hooks and ends the groups, so that the module can be wrapped again.  Collective."""
-        self.arrive()
         super().close()
         for hook in self._hooks:
             hook.remove()
@@ -885,6 +801,105 @@ def unpack(message, dtype):
     """-> the averages that have arrived, 1-D, and the sum of their squares, which clipping needs."""
     averages = message.to(dtype)
     return averages, torch.dot(averages, averages)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Refreshing frozen weights: backward masking alone
+# -----------------------------------------------------------------------------------------------------------
+
+class Exchange(NamedTuple):
+    """One message of a refresh: an all-to-all, in which a worker sends to each other what that one lacks."""
+    branches: set                   # it has weights of these
+    sends: list                     # for each rank a list of runs' weights, which this worker sends to it
+    gets: list                      # from each rank: frozen runs' weights
+
+
+class Refresher:
+    """Brings new weights from a holder to those who run them frozen, in messages as large as the buckets.
+
+    sync: the MaskedAllReduce it works for.  all_runs: of the full model; [] where nothing is frozen.
+    sent: how many numbers this worker sends in an update.
+
+    Workers 0 to S-1 are a family, S to 2S-1 the next, and so on: each has all subnets, and refreshes itself.
+    So on a host with S devices these weights never leave the host.
+    """
+
+    def __init__(self, sync, all_runs):
+        family = sync.rank - sync.subnet                    # its first worker
+        limit = sync.bucket_bytes / sync.dtype.itemsize     # numbers a worker
+        load = Counter()                                    # numbers each subnet sends: first for averages
+        for run in all_runs:
+            for subnet in run.holders:
+                load[subnet] += run.numel * (2 - 2 / sync.count_workers(run.holders))
+        self.exchanges = []                                 # in forward order
+        for run, subnet in product(all_runs, range(sync.n_subnets)):
+            if subnet in run.holders:
+                continue
+            if not self.exchanges or size >= limit:
+                size = 0
+                sends = [[] for _ in range(sync.world)]
+                gets = [[] for _ in range(sync.world)]
+                self.exchanges.append(Exchange(set(), sends, gets))
+            size += run.numel / sync.n_subnets
+            self.exchanges[-1].branches.add(sync.layout[run.name][0])
+            sender = min(run.holders, key=load.__getitem__)  # the holder with least to send so far
+            load[sender] += run.numel
+            if sync.subnet == sender:
+                sends[family + subnet].append(run.param.data)
+            elif sync.subnet == subnet:
+                gets[family + sender].append(run.param.data)
+        self.sent = sum(numels(chain(*exchange.sends)) for exchange in self.exchanges)
+        self.nothing = torch.empty(0, dtype=sync.dtype, device=sync.device)
+        self._coming = []                                   # exchanges under way
+
+    def ask(self):
+        """Begins all exchanges."""
+        self.arrive()
+        for exchange in self.exchanges:
+            message = torch.cat([self.nothing, *chain(*exchange.sends)])
+            send_sizes = [numels(weights) for weights in exchange.sends]
+            get_sizes = [numels(weights) for weights in exchange.gets]
+            new = message.new_empty(sum(get_sizes))
+            work = dist.all_to_all_single(new, message, get_sizes, send_sizes, async_op=True)
+            self._coming.append((exchange, work, message, new))  # the message must live until it has gone
+
+    @torch.no_grad()
+    def arrive(self, left=0):
+        """Waits for exchanges, the oldest first, until at most `left` are under way."""
+        while len(self._coming) > left:
+            exchange, work, _, new = self._coming.pop(0)
+            work.wait()                                     # on NCCL the stream waits, not the host
+            weights = list(chain(*exchange.gets))
+            if weights:
+                torch._foreach_copy_(weights, new.split([weight.numel() for weight in weights]))
+
+    def hook(self, sync):
+        """Lets each branch wait for its weights, in the module that has all of its parameters.  -> hooks"""
+        if not self.exchanges:
+            return []
+        hooks = [sync.module.register_state_dict_pre_hook(partial(self._wait, 0)),
+                 sync.module.register_load_state_dict_pre_hook(partial(self._wait, 0))]
+        for i, exchange in enumerate(self.exchanges):
+            left = len(self.exchanges) - 1 - i
+            for branch in exchange.branches:
+                paths = [local.split(".")[:-1] for local, slot in sync.slots.items()
+                         if sync.layout[slot.name][0] == branch]
+                common = os.path.commonprefix(paths)        # of lists: the names that all paths begin with
+                module = sync.module.get_submodule(".".join(common))
+                hooks.append(module.register_forward_pre_hook(partial(self._wait, left)))
+        return hooks
+
+    def _wait(self, left, *_):
+        self.arrive(left)
+
+    def check(self, used):
+        """Raises RuntimeError if weights of one of the branches `used` have not arrived yet."""
+        for exchange, *_ in self._coming:
+            early = used & exchange.branches
+            if early:
+                raise RuntimeError(f"weights of {min(early)} were used before they had arrived: the module "
+                                   f"around that branch was never called as one; call arrive() before the "
+                                   f"forward pass")
 
 
 def numels(tensors):
@@ -920,20 +935,13 @@ def stream(sync, full, batches):
 # Appendix 1: finding masks with balanced loads, and describing any.  (Any masks can be trained.)
 # -----------------------------------------------------------------------------------------------------------
 
-def relative_costs(branches):
-    """[branches, kinds]: one neuron's cost of each kind, as a fraction of the whole model's."""
-    cost = np.array([costs for _, _, *costs in branches.values()], float)
-    neurons = np.array([neurons for _, neurons, *_ in branches.values()])
-    return cost / (neurons @ cost)
-
-
 def block_costs(branches, blocks):
-    """What each block costs [blocks, kinds], as a fraction of the whole model, and its neurons [blocks]."""
-    costs = relative_costs(branches)
-    cost = np.zeros((len(blocks), costs.shape[1]))
+    """What each block costs, [blocks, kinds], and how many neurons it has, [blocks]."""
+    kinds = max(len(costs) for _, _, *costs in branches.values())
+    cost = np.zeros((len(blocks), kinds))
     size = np.zeros(len(blocks))
-    for (block, neurons, *_), of_one in zip(branches.values(), costs):
-        cost[blocks.index(block)] += of_one * neurons
+    for block, neurons, *costs in branches.values():
+        cost[blocks.index(block)] += neurons * np.array(costs)
         size[blocks.index(block)] += neurons
     return cost, size
 

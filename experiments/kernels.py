@@ -102,7 +102,7 @@ def measure(variant, config, masks, make_module):
         if sync:                                            # refreshed weights arrive in the next update
             update(module, params, optimizer, sync, tokens)
         kernels = update(module, params, optimizer, sync, tokens)
-        messages = len(sync.buckets) + len(sync.exchanges) if sync else 0
+        messages = len(sync.buckets) + len(sync.refresher.exchanges) if sync else 0
         if sync:
             sync.close()
     return {"variant": variant, "messages": messages, "kernels": kernels}

@@ -106,12 +106,12 @@ def rows():
     block = Row(level="block", held=6, flops=True, lr_of="block-6-flops")
     changes = {"random": dict(draw="random"), "random-redraw-20": dict(draw="random", redraw=20),
                "random-redraw-1": dict(draw="random", redraw=1), "subnets-4": dict(subnets=4, held=3),
-               "ends": dict(held=5, ends=True)}
+               "ends": dict(held=5, ends=True, lr_of="")}
     for name, change in changes.items():
         out[f"block-6-{name}-flops"] = replace(block, **change)
     neuron = Row(level="neuron", held=6, flops=True, lr_of="neuron-6-flops")
     out["neuron-6-redraw-50-flops"] = replace(neuron, redraw=50)
-    out["neuron-6-ends-flops"] = replace(neuron, held=5, ends=True)
+    out["neuron-6-ends-flops"] = replace(neuron, held=5, ends=True, lr_of="")
     for row in block, neuron:
         for percent in 10, 20:
             out[f"{row.level}-6-finish-{percent}-flops"] = replace(row, finish=percent / 100)

@@ -260,7 +260,7 @@ def _under_way_in_each_layer_and_without_some(masks):
     layers = sync.module.model.layers
     counts = []
     for layer in layers:
-        layer.register_forward_pre_hook(lambda *_: counts.append(len(sync._coming)))
+        layer.register_forward_pre_hook(lambda *_: counts.append(len(sync.refresher._coming)))
     for step, n in enumerate([3, 3, 1, 0, 3]):
         sync.module.model["layers"] = layers[:n]
         if n or rank:
