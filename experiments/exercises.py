@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 HERE = Path(__file__).parent
+PATIENCE = 20                                                        # seconds; then it hangs
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import model_llama as llama
 import sdp
@@ -300,7 +301,7 @@ def reduce_worker(rank, path, name, folder):
     """One of the four processes.  Runs the function `name` of the file `path`, and checks what it did."""
     torch.set_num_threads(1)
     function = runpy.run_path(path)[name]
-    wait = timedelta(seconds=20)
+    wait = timedelta(seconds=PATIENCE)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=4, timeout=wait)
     try:

@@ -205,6 +205,7 @@ WRONG = [
 def processes_that_are_copies(monkeypatch):
     """Exercise 9 starts four processes.  Here they need not import torch, which takes each some seconds."""
     monkeypatch.setattr(exercises.mp, "spawn", partial(exercises.mp.start_processes, start_method="fork"))
+    monkeypatch.setattr(exercises, "PATIENCE", 6)
 
 
 def check(number, answers, folder):
