@@ -395,6 +395,121 @@ class Simulation:
 # -----------------------------------------------------------------------------------------------------------
 # Real workers: one process and one subnetwork each
 # -----------------------------------------------------------------------------------------------------------
+
+class Worker:
+    """This process, and its subnetwork, rank mod S, cut into runs.  It averages nothing yet.
+
+    runs: what this worker trains.  all_runs: those of the full model, whether they are here or not.
+    """
+
+    def __init__(self, module, masks, layout, backward):
+        self.module, self.masks, self.layout = module, masks, layout
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.n_subnets = count_subnets(masks)
+        if self.world % self.n_subnets:
+            raise ValueError(f"{self.n_subnets} subnets do not divide the number of workers, {self.world}")
+        self.subnet = self.rank % self.n_subnets
+        self.workers = [self.rank]
+        self.slots = slots(module, masks, layout, self.subnet)
+        self.params = dict(module.named_parameters())
+        self.device = next(iter(self.params.values())).device
+        self.dtype = next(iter(self.params.values())).dtype
+        check_wrap(module, self.slots)
+        for local, slot in self.slots.items():              # neuron by neuron in memory, so a run is a slice
+            p = self.params[local]
+            if slot.dim is None:
+                p.data = p.data.contiguous()
+            else:
+                p.data = p.data.movedim(slot.dim, 0).contiguous().movedim(0, slot.dim)
+
+        self.all_runs = self._find_runs()
+        check_runs(self.all_runs, self.n_subnets, self.subnet, backward)
+        self.runs = [run for run in self.all_runs if self.subnet in run.holders]
+        self.runs_in = defaultdict(list)                    # trained parameter -> its runs, as they lie in it
+        for run in self.runs:
+            self.runs_in[run.local].append(run)
+
+    def _find_runs(self):
+        """All runs of the full model in forward order, with their place in this process's module."""
+        here = {(slot.name, slot.trains): local for local, slot in self.slots.items()}
+        memory = {local: flat(p.data, self.slots[local]) for local, p in self.params.items()}
+        out = []
+        for name, holders, numel in runs_of(self.masks, self.layout):
+            trains = self.subnet in holders
+            local = here.get((name, trains))
+            param = None                                    # forward masking: frozen neurons are not here
+            if local is not None:
+                param = nn.Parameter(memory[local][:numel], requires_grad=trains)
+                memory[local] = memory[local][numel:]       # what comes behind this run
+            out.append(Run(name, holders, numel, local, param))
+        return out
+
+    def forward(self, worker, *inputs):
+        """Forward pass of worker `worker`, which is this process's."""
+        return self.module(*inputs)
+
+    def count_workers(self, holders):
+        """|H_j|: each subnet is that of W/S workers."""
+        return len(holders) * self.world // self.n_subnets
+
+    def _take_gradient(self, local):
+        """Moves the gradient of a parameter to its runs.
+
+        No copy: autograd gives a gradient its parameter's strides, so it lies neuron by neuron too.  The
+        parameter's own .grad is None after that, or the numbers would be there twice.
+        """
+        p = self.params[local]
+        if not p.requires_grad:
+            raise RuntimeError(f"{local} was frozen after it was wrapped, and others wait for its gradient: "
+                               f"leave its runs out of the optimizer instead")
+        grad = torch.zeros_like(p) if p.grad is None else p.grad  # None: it took no part in this loss
+        runs = self.runs_in[local]
+        for run, part in zip(runs, flat(grad, self.slots[local]).split([run.numel for run in runs])):
+            run.param.grad = part
+        p.grad = None
+
+    def part_of(self, full, run):
+        """What belongs into run.param, or into its optimizer state, of a full tensor."""
+        slot, runs = self.slots[run.local], self.runs_in[run.local]
+        parts = flat(cut(full, slot), slot).split([r.numel for r in runs])
+        return parts[runs.index(run)]
+
+    @torch.no_grad()
+    def gather(self, tensors=None, under=""):
+        """Yields (full name, full tensor), one at a time, for full names that begin with `under`.
+
+        tensors: one for each of self.runs, in its shape: optimizer states or gradients; default the
+        weights.  Clone what you keep: some are views of this worker's memory.  Collective: all ranks must
+        exhaust it.  Each holder pastes its rows, the others have zero bytes there.  All holders have the
+        same bits, so the maximum over bytes is exactly those bits.
+        """
+        tensors = tensors or [run.param for run in self.runs]
+        parts = defaultdict(list)                           # full name -> its runs' tensors
+        for run, tensor in zip(self.runs, tensors):
+            parts[run.name].append(tensor.detach())
+        trained = {slot.name: slot for slot in self.slots.values() if slot.trains}
+        for name, (branch, dim, shape) in self.layout.items():
+            if not name.startswith(under):
+                continue
+            if branch is None:                              # everybody has it
+                yield name, parts[name][0].view(shape)
+                continue
+            whole = torch.zeros(shape, dtype=tensors[0].dtype, device=self.device)
+            if name in trained:
+                slot = trained[name]
+                part = torch.cat(parts[name])
+                if dim is None:
+                    whole.copy_(part.view(shape))
+                else:
+                    rows = whole.movedim(dim, 0)            # a view
+                    rows[slot.rows.to(self.device)] = part.view(len(slot.rows), *rows.shape[1:])
+            dist.all_reduce(whole.view(-1).view(torch.uint8), op=dist.ReduceOp.MAX)
+            yield name, whole
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Averaging among real workers
+# -----------------------------------------------------------------------------------------------------------
 # Bytes.  A ring all-reduce among h workers sends 2 (h-1)/h bytes per byte and worker, which is optimal.
 # Take W = S and coverage k/S, and count per byte of the full model's branches.  A worker holds k/S of them
 # and sends 2 (k-1)/k for each: 2 (k-1)/S.  A refresh brings every weight to S-k others, and S workers share
@@ -413,7 +528,7 @@ class Bucket(NamedTuple):
     share: torch.Tensor             # 1/|H_j|; as a float it would be compiled in
 
 
-class MaskedAllReduce:
+class MaskedAllReduce(Worker):
     """The method on real workers in its plain form: after the backward pass, one message for each holder set.
 
         sync = MaskedAllReduce(module, masks, layout)
@@ -443,54 +558,29 @@ class MaskedAllReduce:
     bucket_bytes = math.inf         # a message may have any size
 
     def __init__(self, module, masks, layout, backward=False, timeout=None):
-        self.module, self.masks, self.layout = module, masks, layout
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.n_subnets = count_subnets(masks)
-        if self.world % self.n_subnets:
-            raise ValueError(f"{self.n_subnets} subnets do not divide the number of workers, {self.world}")
-        self.subnet = self.rank % self.n_subnets
-        self.workers = [self.rank]
-        self.slots = slots(module, masks, layout, self.subnet)
-        self.params = dict(module.named_parameters())
-        self.device = next(iter(self.params.values())).device
-        self.dtype = next(iter(self.params.values())).dtype
+        super().__init__(module, masks, layout, backward)
         self.wire_dtype = self.dtype                        # of gradients in messages
-        check_wrap(module, self.slots)
-        for local, slot in self.slots.items():              # neuron by neuron in memory, so a run is a slice
-            p = self.params[local]
-            if slot.dim is None:
-                p.data = p.data.contiguous()
-            else:
-                p.data = p.data.movedim(slot.dim, 0).contiguous().movedim(0, slot.dim)
-
-        all_runs = self._find_runs()
-        check_runs(all_runs, self.n_subnets, self.subnet, backward)
-        self.runs = [run for run in all_runs if self.subnet in run.holders]
-        self.runs_in = defaultdict(list)                    # trained parameter -> its runs, as they lie in it
-        for run in self.runs:
-            self.runs_in[run.local].append(run)
         # Making a group is itself collective: all ranks make all groups, in the same order.  Messages too
         # are sent in the order of this dict
         self.groups = {}                                    # holders -> ProcessGroup
-        for run in all_runs:
+        for run in self.all_runs:
             if run.holders not in self.groups:
                 workers = [rank for rank in range(self.world) if rank % self.n_subnets in run.holders]
                 whole = len(workers) == self.world
                 group = dist.group.WORLD if whole else dist.new_group(workers, timeout=timeout)
                 self.groups[run.holders] = group
-        self.buckets = self._plan_buckets(all_runs)
+        self.buckets = []
+        for holders, runs in self._plan_buckets():
+            share = torch.tensor(1 / self.count_workers(holders), dtype=self.dtype, device=self.device)
+            self.buckets.append(Bucket(holders, runs, share))
         self.shares = torch.stack([bucket.share for bucket in self.buckets]).double()
         self.squares = []                                   # sum of squares of each message that has arrived
-        self.refresher = Refresher(self, all_runs if backward else [])
+        self.refresher = Refresher(self, self.all_runs if backward else [])
         self._stale = False                                 # finish() was called, and refresh() was not yet
         module.is_wrapped = True
         for run in self.runs:                               # all begin with the first holder's weights
             dist.broadcast(run.param.data, group=self.groups[run.holders], group_src=0)
         MaskedAllReduce.refresh(self)
-
-    def forward(self, worker, *inputs):
-        """Forward pass of worker `worker`, which is this process's."""
-        return self.module(*inputs)
 
     @torch.no_grad()
     def finish(self):
@@ -509,22 +599,6 @@ class MaskedAllReduce:
             raise RuntimeError("frozen weights may be old: backward masking needs refresh() after finish()")
         self._stale = bool(self.refresher.exchanges)
         self.squares = []
-
-    def _take_gradient(self, local):
-        """Moves the gradient of a parameter to its runs.
-
-        No copy: autograd gives a gradient its parameter's strides, so it lies neuron by neuron too.  The
-        parameter's own .grad is None after that, or the numbers would be there twice.
-        """
-        p = self.params[local]
-        if not p.requires_grad:
-            raise RuntimeError(f"{local} was frozen after it was wrapped, and others wait for its gradient: "
-                               f"leave its runs out of the optimizer instead")
-        grad = torch.zeros_like(p) if p.grad is None else p.grad  # None: it took no part in this loss
-        runs = self.runs_in[local]
-        for run, part in zip(runs, flat(grad, self.slots[local]).split([run.numel for run in runs])):
-            run.param.grad = part
-        p.grad = None
 
     def _deal_out(self, bucket, message, square):
         """The message has the averages of a bucket's runs: from now on it is their gradients' memory."""
@@ -570,34 +644,9 @@ class MaskedAllReduce:
             if group is not dist.group.WORLD and group is not dist.GroupMember.NON_GROUP_MEMBER:
                 dist.destroy_process_group(group)
 
-    # -- plans, which every rank makes alike from masks and layout
-
-    def count_workers(self, holders):
-        """|H_j|: each subnet is that of W/S workers."""
-        return len(holders) * self.world // self.n_subnets
-
-    def _find_runs(self):
-        """All runs of the full model in forward order, with their place in this process's module."""
-        here = {(slot.name, slot.trains): local for local, slot in self.slots.items()}
-        memory = {local: flat(p.data, self.slots[local]) for local, p in self.params.items()}
-        out = []
-        for name, holders, numel in runs_of(self.masks, self.layout):
-            trains = self.subnet in holders
-            local = here.get((name, trains))
-            param = None                                    # forward masking: frozen neurons are not here
-            if local is not None:
-                param = nn.Parameter(memory[local][:numel], requires_grad=trains)
-                memory[local] = memory[local][numel:]       # what comes behind this run
-            out.append(Run(name, holders, numel, local, param))
-        return out
-
-    def _bucket(self, holders, runs):
-        share = torch.tensor(1 / self.count_workers(holders), dtype=self.dtype, device=self.device)
-        return Bucket(holders, runs, share)
-
-    def _plan_buckets(self, all_runs):
-        """This worker's buckets in the global order: here one for each holder set."""
-        return [self._bucket(holders, [run for run in self.runs if run.holders == holders])
+    def _plan_buckets(self):
+        """This worker's buckets, (holders, runs), in the global order: here one for each holder set."""
+        return [(holders, [run for run in self.runs if run.holders == holders])
                 for holders in self.groups if self.subnet in holders]
 
     @property
@@ -605,47 +654,6 @@ class MaskedAllReduce:
         """What this worker sends in one update, in bytes."""
         reduced = sum(run.numel * (2 - 2 / self.count_workers(run.holders)) for run in self.runs)
         return reduced * self.wire_dtype.itemsize + self.refresher.sent * self.dtype.itemsize
-
-    # -- the full model
-
-    def part_of(self, full, run):
-        """What belongs into run.param, or into its optimizer state, of a full tensor."""
-        slot, runs = self.slots[run.local], self.runs_in[run.local]
-        parts = flat(cut(full, slot), slot).split([r.numel for r in runs])
-        return parts[runs.index(run)]
-
-    @torch.no_grad()
-    def gather(self, tensors=None, under=""):
-        """Yields (full name, full tensor), one at a time, for full names that begin with `under`.
-
-        tensors: one for each of self.runs, in its shape: optimizer states or gradients; default the
-        weights.  Clone what you keep: some are views of this worker's memory.  Collective: all ranks must
-        exhaust it.  Each holder pastes its rows, the others have zero bytes there.  All holders have the
-        same bits, so the maximum over bytes is exactly those bits.
-        """
-        tensors = tensors or [run.param for run in self.runs]
-        parts = defaultdict(list)                           # full name -> its runs' tensors
-        for run, tensor in zip(self.runs, tensors):
-            parts[run.name].append(tensor.detach())
-        trained = {slot.name: slot for slot in self.slots.values() if slot.trains}
-        for name, (branch, dim, shape) in self.layout.items():
-            if not name.startswith(under):
-                continue
-            if branch is None:                              # everybody has it
-                yield name, parts[name][0].view(shape)
-                continue
-            whole = torch.zeros(shape, dtype=tensors[0].dtype, device=self.device)
-            if name in trained:
-                slot = trained[name]
-                part = torch.cat(parts[name])
-                if dim is None:
-                    whole.copy_(part.view(shape))
-                else:
-                    rows = whole.movedim(dim, 0)            # a view
-                    rows[slot.rows.to(self.device)] = part.view(len(slot.rows), *rows.shape[1:])
-            dist.all_reduce(whole.view(-1).view(torch.uint8), op=dist.ReduceOp.MAX)
-            yield name, whole
-
 
 class SubnetDataParallel(MaskedAllReduce):
     """The same, but messages leave while the backward pass runs, and refreshes arrive in the next forward.
@@ -673,19 +681,19 @@ class SubnetDataParallel(MaskedAllReduce):
                        for local in self.runs_in]
         self._hooks += self.refresher.hook(self)
 
-    def _plan_buckets(self, all_runs):
-        """This worker's buckets, in the order of sending.
+    def _plan_buckets(self):
+        """This worker's buckets, (holders, runs), in the order of sending.
 
         Go through the runs in forward order, with one open bucket for each holder set.  When one is full,
         begin new ones of all sets.  A large run gets a bucket of its own: it need not be packed.  The
         backward pass comes to the runs in the opposite order, so the list is reversed.  Its last buckets are
         small, as little of the backward pass is left to hide them: the first limit is a quarter.
         """
-        buckets = []                                        # (holders, runs) of all workers
+        buckets = []                                        # of all workers
         opened = {}
         filled = Counter()                                  # bytes in each open bucket
         limit = self.bucket_bytes / 4
-        for run in all_runs:
+        for run in self.all_runs:
             if filled and max(filled.values()) >= limit:
                 limit = min(2 * limit, self.bucket_bytes)
                 opened = {}
@@ -699,7 +707,7 @@ class SubnetDataParallel(MaskedAllReduce):
                     opened[run.holders] = []
                     buckets.append((run.holders, opened[run.holders]))
                 opened[run.holders].append(run)
-        return [self._bucket(holders, runs) for holders, runs in reversed(buckets) if self.subnet in holders]
+        return [(holders, runs) for holders, runs in reversed(buckets) if self.subnet in holders]
 
     def _restart(self):
         self.squares = []
