@@ -61,11 +61,11 @@ def branches(c):
     The last three are of one neuron: bytes of its float32 weights; for one token, FLOPs of the forward and
     backward pass, and numbers kept in between.  They balance the workers' loads, so only ratios matter.
     """
-    d, queries = c.hidden_size, c.queries_per_kv * c.head_dim
-    kept = 2 * queries + 2 * c.head_dim                              # q, k, v, and what o_proj reads
+    d, width = c.hidden_size, c.queries_per_kv * c.head_dim          # width of a neuron's queries together
+    kept = 2 * width + 2 * c.head_dim                                # q, k, v, and what o_proj reads
     head = kept * d                                                  # weights: rows of q, k, v, columns of o
     # FLOPs: 2 for each weight or pair, in 3 passes; 2 products with pairs: q k^T, and probabilities times v
-    pairs = 12 * c.max_position_embeddings * queries
+    pairs = 2 * 3 * 2 * c.max_position_embeddings * width
     out = {}
     for i in range(c.num_hidden_layers):
         path = f"model.layers.{i}"
@@ -74,8 +74,8 @@ def branches(c):
     return out
 
 
-# Branch -> its weights, and the dimension their neurons lie along: each owns an equal run of rows (0) or of
-# columns (1).  The norm before a branch belongs to the branch as a whole (None)
+# Branch -> its weights, and the dimension their neurons lie along: each owns as many consecutive rows (0)
+# or columns (1).  The norm before a branch belongs to the branch as a whole (None)
 DIMS = {
     "self_attn": {"input_layernorm": None, "q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1},
     "mlp": {"post_attention_layernorm": None, "gate_proj": 0, "up_proj": 0, "down_proj": 1},
@@ -250,7 +250,8 @@ class Llama(nn.Module):
         x, y, rows = x.flatten(0, 1), targets.flatten(), MAX_LOGITS // self.config.vocab_size
         if len(y) <= rows:
             return loss(self.lm_head(x), y)
-        # The weight is an argument: backward computes anew, when sdp.Simulation has put other weights back
+        # The backward pass computes each part anew.  The weight is an argument, as by then somebody's
+        # functional_call may have given the module its other weights back
         head = self.lm_head, self.lm_head.weight
         parts = zip(x.split(rows), y.split(rows))
         return sum(checkpoint(summed_loss, *xy, *head, use_reentrant=False) for xy in parts) / len(y)

@@ -20,9 +20,11 @@ There are two regimes:
     forward pass                    the subnetwork              the full model
     weights in memory               the subnetwork's            all
     gradients, optimizer state      the subnetwork's            the subnetwork's
-    a branch's output               times 1/C                   as it is
+    a branch's output               times 1/C (*)               as it is
     gradient, as an estimate
-    of the full model's             biased                      unbiased: equal to it on average
+    of the full model's             biased                      unbiased: its mean over the data is right
+
+    (*) not in a ResNet, where a batch norm follows and scales anyway
 
 The words:
 
@@ -91,7 +93,10 @@ def block_masks(branches, n_subnets, held, seed=0):
 
 
 def neuron_masks(branches, n_subnets, held, seed=0):
-    """Each branch is dealt out in equal parts, part i to the i-th of at most `n_subnets` holder sets."""
+    """The neurons are dealt to at most `n_subnets` holder sets in turn, like cards.
+
+    A branch goes on where one like it has ended: so branches with few neurons are balanced too.
+    """
     total = sum(neurons for _, neurons, *_ in branches.values())
     ones = np.ones(min(n_subnets, total))                   # all sets cost the same
     sets = balanced_sets(ones[:, None], ones, n_subnets, held, seed)  # bool [sets, n_subnets]
@@ -430,8 +435,13 @@ class Worker:
             self.runs_in[run.local].append(run)
 
     def _find_runs(self):
-        """All runs of the full model in forward order, with their place in this process's module."""
+        """All runs of the full model in forward order, with their place in this process's module.
+
+        A full parameter is in at most two parameters here: the trained one, and the one in `rest`.  Its runs
+        come in the order in which they lie there, so each takes the next `numel` numbers.
+        """
         here = {(slot.name, slot.trains): local for local, slot in self.slots.items()}
+        # Views: what the optimizer writes into a run, it writes into the module
         memory = {local: flat(p.data, self.slots[local]) for local, p in self.params.items()}
         out = []
         for name, holders, numel in runs_of(self.masks, self.layout):
@@ -525,7 +535,7 @@ class Bucket(NamedTuple):
     """Runs with the same holders.  Their gradients travel as one message."""
     holders: tuple
     runs: list
-    share: torch.Tensor             # 1/|H_j|; as a float it would be compiled in
+    share: torch.Tensor             # 1/|H_j|; torch.compile would make a program for each float
 
 
 class MaskedAllReduce(Worker):
@@ -580,7 +590,7 @@ class MaskedAllReduce(Worker):
         module.is_wrapped = True
         for run in self.runs:                               # all begin with the first holder's weights
             dist.broadcast(run.param.data, group=self.groups[run.holders], group_src=0)
-        MaskedAllReduce.refresh(self)
+        MaskedAllReduce.refresh(self)                       # this one, which waits, in the subclass too
 
     @torch.no_grad()
     def finish(self):
@@ -612,7 +622,7 @@ class MaskedAllReduce(Worker):
 
         -> float64 tensor [1 + len(scalars)]: the norm before, and the sum over all workers of each scalar
         (the loss, a wish to stop).  All travel in one message.  Each parameter counts once: each of its h
-        holders adds 1/h of its square.  The norm is that of the averages as finish() made them.
+        holders adds 1/h of its square.  If you change gradients after finish(), the norm does not notice.
         """
         if len(self.squares) < len(self.buckets):
             raise RuntimeError("call finish() before clip_grad_norm(): the gradients are not averages yet")
@@ -685,7 +695,8 @@ class SubnetDataParallel(MaskedAllReduce):
         """This worker's buckets, (holders, runs), in the order of sending.
 
         Go through the runs in forward order, with one open bucket for each holder set.  When one is full,
-        begin new ones of all sets.  A large run gets a bucket of its own: it need not be packed.  The
+        begin new ones of all sets: buckets leave in this order, and one that stayed open for many layers
+        would hold up all behind it.  A large run gets a bucket of its own: it need not be packed.  The
         backward pass comes to the runs in the opposite order, so the list is reversed.  Its last buckets are
         small, as little of the backward pass is left to hide them: the first limit is a quarter.
         """
@@ -755,12 +766,13 @@ class SubnetDataParallel(MaskedAllReduce):
         """
         if not self._synchronise:
             raise RuntimeError("finish() inside no_sync(): the last micro-step must be outside of it")
-        self.refresher.check({self.layout[self.slots[local].name][0] for local in self._taken})
-        self.arrive()                                       # some branches took no part in this loss
+        used = {self.layout[self.slots[local].name][0] for local in self._taken}
+        self.refresher.check(used)                          # did a branch run with old weights?
+        self.arrive()                                       # those of branches that did not run
         self._begin_finish()
         for local in self.runs_in:
-            if local not in self._taken:
-                self._ready(local)                          # it took no part in this loss
+            if local not in self._taken:                    # no gradient came: zeros, as others wait for them
+                self._ready(local)
         flying = self._flying
         self._restart()
         while flying:
@@ -835,7 +847,7 @@ class Refresher:
     def __init__(self, sync, all_runs):
         family = sync.rank - sync.subnet                    # its first worker
         limit = sync.bucket_bytes / sync.dtype.itemsize     # numbers a worker
-        load = Counter()                                    # numbers each subnet sends: first for averages
+        load = Counter()                                    # numbers each subnet sends; averaging comes first
         for run in all_runs:
             for subnet in run.holders:
                 load[subnet] += run.numel * (2 - 2 / sync.count_workers(run.holders))

@@ -44,7 +44,8 @@ import sdp
 from data import UserError
 
 # The flags whose default depends on the model, or on the data.  On two cores llama-tiny takes minutes, and so
-# does resnet18 on shapes.  On CIFAR four workers have the usual batch of 128 between them, and 200 epochs.
+# does resnet18 on shapes.  (llama-134m has 134M parameters with a vocabulary of 32,000, and 85M with the 256
+# bytes of stdlib.)  On CIFAR four workers have the usual batch of 128 between them, and 200 epochs.
 DEFAULTS = {
     "llama-tiny": dict(data="stdlib", steps=250, batch_size=16, seq_len=128, lr=2e-3, eval_every=100),
     "llama-134m": dict(data="stdlib", steps=10000, batch_size=8, seq_len=1024, lr=6e-4, eval_every=100),
@@ -189,7 +190,7 @@ def train(args, device):
     full = design.full_model()
     start, updates = check_checkpoint(checkpoint, design, full, dataset) if checkpoint else (0, 0)
     agree(basis(design, dataset, checkpoint))                        # all ranks must start alike
-    first_rank_first(claim_out_dir, args)
+    first_rank_first(claim_out_dir, args)                            # rank 0 alone; its error ends all
     describe(design, dataset, saved, device)
     batch = dataset.batch("train", 0, 0, 1)                          # for its shape
     flops, full_flops = measure_workers(design, full, batch)         # of one micro-step
@@ -209,7 +210,7 @@ def train(args, device):
 
     for step in range(start, steps):
         began = time.perf_counter()
-        now, end = step + 1, step + 1 == steps
+        now, is_last = step + 1, step + 1 == steps
         lr = learning_rate(step, steps, args.lr, design.family.last_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -232,8 +233,8 @@ def train(args, device):
         flops_done += flops * args.grad_accum
         ms = (time.perf_counter() - began) * 1000
 
-        evaluates = end or (now % args.eval_every == 0 and not stops)  # who stops us may not wait so long
-        saves = end or stops or now % args.save_every == 0
+        evaluates = is_last or (now % args.eval_every == 0 and not stops)  # who stops us may not wait so long
+        saves = is_last or stops or now % args.save_every == 0
         if evaluates or saves:
             statistics = estimate_statistics(sync, full, dataset, autocast)
         if evaluates or now % args.log_every == 0:
@@ -255,7 +256,7 @@ def train(args, device):
                       "flops": flops_done}
             facts = {"step": now, "config": config, "masks": design.masks}
             save_checkpoint(out_dir, facts, sync, optimizer, design.family.moments, updates, statistics)
-        if stops and not end:
+        if stops and not is_last:
             say(f"told to stop: saved after step {now}; the same command with --resume goes on from there")
             return
 
@@ -446,7 +447,8 @@ def describe(design, dataset, saved, device):
 
 def describe_masks(design):
     gap, _ = sdp.spectral_gap(*sdp.rows_of(design.masks))
-    say(f"{sdp.picture(design.masks, design.branches)}\n\n  spectral gap {gap:.2f}")
+    say(f"{sdp.picture(design.masks, design.branches)}\n\n  spectral gap {gap:.2f}, of 0 to 1: how fast "
+        f"news spreads among the subnetworks")
     for warning in design.warnings:
         say(f"warning: {warning}")
 

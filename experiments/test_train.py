@@ -983,9 +983,7 @@ def break_and_finish(folder, how, breaks):
     return err
 
 
-@pytest.mark.parametrize("how", [
-    pytest.param(when_asked(signal.SIGKILL), id="dies"),
-    pytest.param(signal.SIGSTOP, id="hangs", marks=[slow, only_when_asked])])
+@pytest.mark.parametrize("how", [when_asked(signal.SIGKILL), signal.SIGSTOP], ids=["dies", "hangs"])
 def test_a_worker_that_dies_or_hangs_ends_the_others_with_a_line_and_the_run_goes_on(tmp_path, how):
     err = break_and_finish(tmp_path, how, 1)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
