@@ -74,8 +74,8 @@ def branches(c):
     return out
 
 
-# Branch -> its weights, and the dimension their neurons lie along: each owns as many consecutive rows (0)
-# or columns (1).  The norm before a branch belongs to the branch as a whole (None)
+# Branch -> its weights, and the dimension their neurons lie along: each owns equally many rows (0) or
+# columns (1), one after another.  The norm before a branch belongs to the branch as a whole (None)
 DIMS = {
     "self_attn": {"input_layernorm": None, "q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1},
     "mlp": {"post_attention_layernorm": None, "gate_proj": 0, "up_proj": 0, "down_proj": 1},

@@ -24,7 +24,7 @@ There are two regimes:
     gradient, as an estimate
     of the full model's             biased                      unbiased: its mean over the data is right
 
-    (*) not in a ResNet, where a batch norm follows and scales anyway
+    (*) not where a batch norm follows, which scales anyway
 
 The words:
 
@@ -42,8 +42,9 @@ The words:
 The file has the method four times, each time closer to the machine: `naive_masked_average`, which needs
 full-size tensors; `Simulation`, all workers in one process; `MaskedAllReduce`, real workers, one message
 for each holder set; and `SubnetDataParallel`, whose messages leave while the backward pass still runs.  You
-can stop after `MaskedAllReduce`.  Then come `Refresher`, for backward masking alone, and `stream`, which
-evaluates the full model.  Appendix 1 finds and describes masks.  Appendix 2 is about refusals.
+can stop after `MaskedAllReduce`.  (Its base `Worker` is what one process has; each class adds one idea to
+the one before.)  Then come `Refresher`, for backward masking alone, and `stream`, which evaluates the full
+model.  Appendix 1 finds and describes masks.  Appendix 2 is about refusals.
 """
 
 import hashlib
@@ -100,7 +101,7 @@ def neuron_masks(branches, n_subnets, held, seed=0):
     total = sum(neurons for _, neurons, *_ in branches.values())
     ones = np.ones(min(n_subnets, total))                   # all sets cost the same
     sets = balanced_sets(ones[:, None], ones, n_subnets, held, seed)  # bool [sets, n_subnets]
-    costs = {name: costs for name, (_, _, *costs) in branches.items()}
+    costs = {name: of_one for name, (_, _, *of_one) in branches.items()}
     masks = {}
     dealt = 0                                               # neurons, as cards are: to the sets in turn
     for name in sorted(branches, key=costs.get):            # like branches follow each other
