@@ -796,7 +796,13 @@ class SubnetDataParallel(MaskedAllReduce):
         self.refresher.arrive()
 
     def reset(self):
-        """Drops all gradients, so that you can go on after an exception that all ranks had.  Collective."""
+        """Drops an update, so that you can go on after an exception in the backward pass.  Collective.
+
+        The ranks may have come to different points of it, and what one has sent, all others wait for.
+        """
+        for local in self.runs_in:
+            if local not in self._taken:
+                self._ready(local)
         for work, *_ in self._flying:
             work.wait()
         self._restart()

@@ -305,33 +305,44 @@ def test_whatever_the_memory_format_runs_are_in_the_memory_of_the_module():
 
 
 def test_after_an_exception_in_backward_reset_starts_afresh():
-    def fail(module, inputs, output):
-        return Fails.apply(output)
+    """The ranks fail at different points: one before its first message, one before its last."""
+    for before, after in run_on(2, _an_update_that_fails):
+        assert before.keys() == after.keys() == NET.keys()
+        assert all(torch.equal(grad, after[name]) for name, grad in before.items())
 
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
 
-        @staticmethod
-        def backward(ctx, grad):
-            raise ArithmeticError
-    x = torch.ones(2, 4)
-    with alone():
-        grads = []
-        for fails in False, True:
-            sync = wrapped(Net(3))
-            if fails:
-                hook = sync.module.embed.register_forward_hook(fail)
-                with pytest.raises(ArithmeticError):
-                    sync.module(x).sum().backward()
-                hook.remove()
-                sync.reset()
-            sync.module(x).sum().backward()
-            sync.finish()
-            grads.append(gathered(sync, [run.param.grad for run in sync.runs]))
-            sync.close()
-        assert all(torch.equal(grad, grads[1][name]) for name, grad in grads[0].items())
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ArithmeticError
+
+
+def fail(module, inputs, output):
+    return Fails.apply(output)
+
+
+def _an_update_that_fails():
+    rank = dist.get_rank()
+    net = sdp.materialize(Net(int(NET_MASKS["inside"][:, rank].sum())), NET_MASKS, NET, rank, net_value)
+    sync = sdp.SubnetDataParallel(net, NET_MASKS, NET, bucket_bytes=1)
+    x = torch.full((2, 4), 1.0 + rank)
+    grads = []
+    for fails in False, True:
+        if fails:
+            hook = [net.head, net.embed][rank].register_forward_hook(fail)
+            with pytest.raises(ArithmeticError):
+                net(x).sum().backward()
+            hook.remove()
+            sync.reset()
+        net(x).sum().backward()
+        sync.finish()
+        grads.append(gathered(sync, [run.param.grad for run in sync.runs]))
+        sync.reset()
+    return grads
 
 
 def test_gather_takes_states_of_another_dtype_and_parameters_without_dimensions():
