@@ -285,7 +285,7 @@ real_fsync = os.fsync
 
 def slow_fsync(fd):
     os.fsync = real_fsync                                            # only once
-    time.sleep(8)
+    time.sleep(6)
     real_fsync(fd)
 
 os.fsync = slow_fsync
@@ -295,7 +295,7 @@ os.fsync = slow_fsync
 def test_torchrun_equals_plain_python_and_writes_the_contract_s_metrics(tmp_path):
     """And what rank 0 does alone, here on a slow disk, does not count against the others' patience."""
     more = ["--level", "neuron", "--coverage", "1/2", "--grad-accum", 2]
-    arguments = flags(tmp_path, *more, "--timeout", 5, out="many")
+    arguments = flags(tmp_path, *more, "--timeout", 4, out="many")
     code, out, err = Torchrun(2, small_program(tmp_path, SLOW_DISK), arguments).end()
     assert code == 0, out + err
     train.main(flags(tmp_path, *more, "--subnets", 2, out="one"))
@@ -958,7 +958,7 @@ def break_and_finish(folder, how, breaks):
     rng, path, steps = np.random.default_rng(breaks), folder / "broken" / "metrics.jsonl", 30 * breaks
     more = ["--coverage", "1/2", "--save-every", "3", "--eval-every", "10"]
     assert run_on(2, train_on_pool, flags(folder, *more, out="whole", steps=steps)) == [None, None]
-    arguments = flags(folder, *more, "--resume", "--timeout", "8", out="broken", steps=steps)
+    arguments = flags(folder, *more, "--resume", "--timeout", "5", out="broken", steps=steps)
     run = Torchrun(2, small_program(folder), arguments, restarts=breaks)
     for i in range(breaks):
         run.wait_for_line(path, 30 * i + rng.integers(2, 10))
