@@ -78,6 +78,7 @@ class Row:
     redraw: int = 0             # new masks after every so many updates; 0: never
     ends: bool = False          # all subnets hold the first and the last block
     finish: float = 0.0         # the last part of the updates is done under backward masking
+    early: int = 0              # k in the first half of the updates, less than later; without a level: workers
     lr_of: str = ""             # the row whose learning rate this one takes; "": it has its own search
 
 
@@ -114,6 +115,9 @@ def rows():
     neuron = Row(level="neuron", held=6, flops=True, lr_of="neuron-6-flops")
     out["neuron-6-redraw-50-flops"] = replace(neuron, redraw=50)
     out["neuron-6-ends-flops"] = replace(neuron, held=5, ends=True, lr_of="")
+    for name in "block-6-ends", "neuron-6-ends":
+        out[f"{name}-early-3-flops"] = replace(out[f"{name}-flops"], early=3)
+    out["ddp-6-workers-early-3-flops"] = Row(workers=6, flops=True, early=3)
     for row in block, neuron:
         for percent in 10, 20:
             out[f"{row.level}-6-finish-{percent}-flops"] = replace(row, finish=percent / 100)
@@ -134,6 +138,13 @@ def plain_name(row):
     if row.model == "resnet":
         return "digits-ddp" if row.images == "digits" else "resnet-ddp"
     return "ddp" if row.matched == 8 else f"ddp-{row.matched}-layers"
+
+
+def first_half(row):
+    """The row as it is in the first half of its updates."""
+    if not row.early:
+        return row
+    return replace(row, held=row.early) if row.level else replace(row, workers=row.early)
 
 
 def config_of(row):
@@ -398,8 +409,12 @@ def train(row, updates, seed, lr, dataset, report):
     flops = flops_of(row, masks)
     if row.draw == "coin":                                           # as many as balanced ones on average
         flops = flops_of(row, masks_of(replace(row, draw="balanced"), branches, seed, 0))
+    first = first_half(row)
+    first_masks = masks_of(first, branches, seed, 1) if row.early and row.level else masks
+    if row.early:
+        flops = (flops_of(first, first_masks) + flops) / 2           # mean of all updates
     if row.finish:
-        flops += row.finish * (flops_of(replace(row, backward=True), masks) - flops)  # mean of all updates
+        flops += row.finish * (flops_of(replace(row, backward=True), masks) - flops)
     plain = replace(rows()[plain_name(row)], batch=row.batch)
     ddp_flops = flops_of(plain, everything(FAMILY[row.model].branches(config_of(plain))))
     steps = round(updates * ddp_flops / flops) if row.flops else updates
@@ -418,16 +433,20 @@ def train(row, updates, seed, lr, dataset, report):
     val = [dataset.batch("val", i, 0, 1) for i in range(math.ceil(dataset.val_count / dataset.batch_size))]
     calibration = [dataset.batch("train", i, 0, 1) for i in range(CALIBRATION)]
     dataset.batch_size = row.batch
-    curve, seconds, every = [], 0.0, max(1, steps // 4)
+    curve, samples, seconds, every = [], 0, 0.0, max(1, steps // 4)
     for step in range(steps):
         began = time.perf_counter()
         if row.redraw and step and step % row.redraw == 0:
             workers.use(masks_of(row, branches, seed, step // row.redraw), row.scaled, coin=coin)
+        if row.early and row.level and step in (0, steps // 2):
+            workers.use(masks if step else first_masks, row.scaled)
         if row.finish and step == round(steps * (1 - row.finish)):
             workers.use(masks, False, backward=True)
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, steps, lr)
-        workers.update([dataset.batch("train", step, worker, row.workers) for worker in range(row.workers)])
+        count = first.workers if step < steps // 2 else row.workers
+        workers.update([dataset.batch("train", step, worker, count) for worker in range(count)])
+        samples += count * row.batch
         if row.model == "llama":                                     # image recipes do not clip
             nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -437,7 +456,7 @@ def train(row, updates, seed, lr, dataset, report):
         seconds += time.perf_counter() - began
         report(step + 1, steps, seconds)
     result = {"steps": steps, "val_loss": curve[-1][1], "curve": curve, "flops": flops * steps,
-              "samples": steps * row.workers * row.batch, "seconds": round(seconds, 1),
+              "samples": samples, "seconds": round(seconds, 1),
               "torch": torch.__version__}
     if isinstance(workers, Dense):
         # If the full model's branches have the right scale, no other factor is better than 1

@@ -110,9 +110,9 @@ def text():
 
 @pytest.mark.parametrize("name", [
     "backward-neuron-6", "block-6-random-redraw-1-flops", "stochastic-depth-6-flops",
-    "neuron-6-finish-20-flops"])
+    "neuron-6-finish-20-flops", "block-6-ends-early-3-flops", "ddp-6-workers-early-3-flops"])
 def test_other_rows_learn(name, text):
-    """Backward masking, masks drawn anew, coins, forward then backward masking."""
+    """Backward masking, masks drawn anew, coins, forward then backward masking, fewer at first."""
     row = replace(quality.rows()[name], layers=2, flops=False)
     result = quality.train(row, 8, 0, 4e-3, text, print)
     assert result["val_loss"] < 5.2                                  # from log(256) = 5.55
