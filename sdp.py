@@ -147,7 +147,7 @@ def holder_sets(masks):
     sets = {}                                               # holders -> number
     which = {}
     for name, mask in masks.items():
-        if mask.dtype != torch.bool or mask.dim() != 2 or not len(mask):
+        if mask.dtype != torch.bool or mask.shape[1:] != (count_subnets(masks),) or not len(mask):
             raise ValueError(f"mask of {name}: wanted bool [neurons, subnets], "
                              f"got {mask.dtype} {list(mask.shape)}")
         alone = ~mask.any(1)
@@ -252,10 +252,10 @@ def fresh(layout, init, seed):
 
     init(name, tensor, generator) fills a full tensor in place.
     """
+    @torch.no_grad()
     def value(name):
         tensor = torch.empty(layout[name][2])
-        with torch.no_grad():
-            init(name, tensor, seeded(seed, name))
+        init(name, tensor, seeded(seed, name))
         return tensor
     return value
 
@@ -289,10 +289,7 @@ def put(module, name, parameter):
 
 
 class Run(NamedTuple):
-    """What one holder set has of one full parameter: what is averaged, stepped on, refreshed and gathered.
-
-    All holders have it with the same length and the same bits, so any optimizer treats the replicas alike.
-    """
+    """A run, and where it is in this process.  All its holders have the same bits."""
     name: str                       # of the full parameter
     holders: tuple                  # subnets
     numel: int
@@ -392,8 +389,7 @@ class Simulation:
 
     def gather(self, tensors=None, under=""):
         """Yields (full name, full tensor), for names that begin with `under`; see MaskedAllReduce."""
-        tensors = tensors or list(self.params.values())
-        for run, tensor in zip(self.runs, tensors):
+        for run, tensor in zip(self.runs, tensors or self.params.values()):
             if run.name.startswith(under):
                 yield run.name, tensor.detach()
 
@@ -405,7 +401,7 @@ class Simulation:
 class Worker:
     """This process, and its subnetwork, rank mod S, cut into runs.  It averages nothing yet.
 
-    runs: what this worker trains.  all_runs: those of the full model, whether they are here or not.
+    runs: what it trains.  all_runs: those of the full model, whether they are here or not.
     """
 
     def __init__(self, module, masks, layout, backward):
@@ -438,8 +434,8 @@ class Worker:
     def _find_runs(self):
         """All runs of the full model in forward order, with their place in this process's module.
 
-        A full parameter is in at most two parameters here: the trained one, and the one in `rest`.  Its runs
-        come in the order in which they lie there, so each takes the next `numel` numbers.
+        A full parameter is in at most two parameters here: the trained one, and the one in `rest`.  Each run
+        takes the next `numel` numbers of one of them.
         """
         here = {(slot.name, slot.trains): local for local, slot in self.slots.items()}
         # Views: what the optimizer writes into a run, it writes into the module
@@ -554,7 +550,7 @@ class MaskedAllReduce(Worker):
 
     module: the subnetwork of this process, rank mod S.  As in DDP, all take the first holder's weights, and
     the module must not be moved or converted later.  backward: is it backward masking?  masks, layout and
-    backward: the same on every rank, or they wait for ever.  timeout: of the process groups, a timedelta.
+    backward: the same on every rank, or they wait for ever.  timeout: of the groups made here, a timedelta.
     The loss must be the mean over this worker's batch.  runs: what this worker trains.  sent_bytes: what it
     sends in one update.  Raises ValueError for what SDP would train wrongly.
 
@@ -571,8 +567,7 @@ class MaskedAllReduce(Worker):
     def __init__(self, module, masks, layout, backward=False, timeout=None):
         super().__init__(module, masks, layout, backward)
         self.wire_dtype = self.dtype                        # of gradients in messages
-        # Making a group is itself collective: all ranks make all groups, in the same order.  Messages too
-        # are sent in the order of this dict
+        # Collective: all ranks make all groups in one order, which is that of the messages too
         self.groups = {}                                    # holders -> ProcessGroup
         for run in self.all_runs:
             if run.holders not in self.groups:
@@ -589,7 +584,7 @@ class MaskedAllReduce(Worker):
         self.refresher = Refresher(self, self.all_runs if backward else [])
         self._stale = False                                 # finish() was called, and refresh() was not yet
         module.is_wrapped = True
-        for run in self.runs:                               # all begin with the first holder's weights
+        for run in self.runs:
             dist.broadcast(run.param.data, group=self.groups[run.holders], group_src=0)
         MaskedAllReduce.refresh(self)                       # this one, which waits, in the subclass too
 
@@ -666,6 +661,7 @@ class MaskedAllReduce(Worker):
         reduced = sum(run.numel * (2 - 2 / self.count_workers(run.holders)) for run in self.runs)
         return reduced * self.wire_dtype.itemsize + self.refresher.sent * self.dtype.itemsize
 
+
 class SubnetDataParallel(MaskedAllReduce):
     """The same, but messages leave while the backward pass runs, and refreshes arrive in the next forward.
 
@@ -682,10 +678,6 @@ class SubnetDataParallel(MaskedAllReduce):
         # dynamic: compiled once, not once for each bucket's length
         self._pack = torch.compile(pack, dynamic=True) if compile else pack
         self._unpack = torch.compile(unpack, dynamic=True) if compile else unpack
-        self._buckets_of = defaultdict(list)                # trained parameter -> its runs' buckets
-        for i, bucket in enumerate(self.buckets):
-            for run in bucket.runs:
-                self._buckets_of[run.local].append(i)
         self._synchronise = True
         self._restart()
         self._hooks = [self.params[local].register_post_accumulate_grad_hook(partial(self._ready, local))
@@ -724,7 +716,6 @@ class SubnetDataParallel(MaskedAllReduce):
     def _restart(self):
         self.squares = []
         self._taken = set()                                 # parameters whose gradient is complete
-        self._missing = [len(bucket.runs) for bucket in self.buckets]  # runs that each bucket waits for
         self._next = 0                                      # the next bucket to send
         self._flying = []                                   # messages under way
 
@@ -746,10 +737,9 @@ class SubnetDataParallel(MaskedAllReduce):
             raise RuntimeError("a second backward pass before finish(): put all but the last under no_sync()")
         self._taken.add(local)
         self._take_gradient(local)
-        for i in self._buckets_of[local]:
-            self._missing[i] -= 1
-        while self._next < len(self.buckets) and self._missing[self._next] == 0:
-            bucket = self.buckets[self._next]
+        for bucket in self.buckets[self._next:]:
+            if not all(run.local in self._taken for run in bucket.runs):
+                break
             grads = [run.param.grad for run in bucket.runs]
             packed = torch.cat(grads) if len(grads) > 1 else grads[0]  # one run need not be packed
             message = self._pack(packed, bucket.share, self.wire_dtype)
@@ -818,9 +808,11 @@ class SubnetDataParallel(MaskedAllReduce):
 
 
 def pack(gradients, share, dtype):
-    """A bucket's gradients, 1-D, as they travel: 1/|H_j| * g_ij."""
-    if gradients.dtype == dtype:
-        return gradients.mul_(share)
+    """A bucket's gradients, 1-D, as they travel: 1/|H_j| * g_ij.
+
+    Not in place: where two parameters are added up, say, autograd may give one a view of what is still to
+    flow on from the other.
+    """
     return (gradients * share).to(dtype)
 
 
@@ -891,7 +883,7 @@ class Refresher:
             self._coming.append((exchange, work, message, new))  # the message must live until it has gone
 
     @torch.no_grad()
-    def arrive(self, left=0):
+    def arrive(self, left=0, *_):                           # _: what hooks are called with
         """Waits for exchanges, the oldest first, until at most `left` are under way."""
         while len(self._coming) > left:
             exchange, work, _, new = self._coming.pop(0)
@@ -904,8 +896,8 @@ class Refresher:
         """Lets each branch wait for its weights, in the module that has all of its parameters.  -> hooks"""
         if not self.exchanges:
             return []
-        hooks = [sync.module.register_state_dict_pre_hook(partial(self._wait, 0)),
-                 sync.module.register_load_state_dict_pre_hook(partial(self._wait, 0))]
+        hooks = [sync.module.register_state_dict_pre_hook(partial(self.arrive, 0)),
+                 sync.module.register_load_state_dict_pre_hook(partial(self.arrive, 0))]
         for i, exchange in enumerate(self.exchanges):
             left = len(self.exchanges) - 1 - i
             for branch in exchange.branches:
@@ -913,11 +905,8 @@ class Refresher:
                          if sync.layout[slot.name][0] == branch]
                 common = os.path.commonprefix(paths)        # of lists: the names that all paths begin with
                 module = sync.module.get_submodule(".".join(common))
-                hooks.append(module.register_forward_pre_hook(partial(self._wait, left)))
+                hooks.append(module.register_forward_pre_hook(partial(self.arrive, left)))
         return hooks
-
-    def _wait(self, left, *_):
-        self.arrive(left)
 
     def check(self, used):
         """Raises RuntimeError if weights of one of the branches `used` have not arrived yet."""
@@ -949,6 +938,9 @@ def stream(sync, full, batches):
     for path, stage in full.stages():
         for name, weight in sync.gather(under=path + "."):
             put(full, name, nn.Parameter(weight, requires_grad=False))  # or autocast keeps a copy of each
+        for name, weight in full.get_submodule(path).named_parameters(path):
+            if weight.is_meta:
+                raise ValueError(f"{name} is not in the layout, perhaps as it is tied: nobody can gather it")
         if path == last:
             yield from map(stage, batches)
         else:

@@ -35,6 +35,9 @@ def test_bad_masks_are_refused_and_odd_ones_warned_of():
                          (good[name].float(), "wanted bool"), (good[name][:, :3], "wanted")]:
         with pytest.raises(ValueError, match=message):
             sdp.check_masks({**good, name: bad}, branches)
+    last = list(good)[-1]
+    with pytest.raises(ValueError, match="wanted"):         # wherever masks come in, which is not there alone
+        sdp.holder_sets({**good, last: good[last][:, :3]})
     with pytest.raises(ValueError, match="not of this model"):
         sdp.check_masks({b: m for b, m in good.items() if b != name}, branches)
     uneven = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 1, 1]], dtype=torch.bool)
@@ -343,6 +346,45 @@ def _an_update_that_fails():
         grads.append(gathered(sync, [run.param.grad for run in sync.runs]))
         sync.reset()
     return grads
+
+
+class Added(nn.Module):
+    """Its parameter's gradient is a view of that of its input, which is still to flow on."""
+    def __init__(self):
+        super().__init__()
+        self.first, self.place = nn.Linear(4, 4, bias=False), nn.Parameter(torch.zeros(3, 4))
+
+    def forward(self, x):                                   # [1, 3, 4]
+        return self.first(x) + self.place[None]
+
+
+def _gradient_below_a_view(kind, options):
+    shapes = {"first.weight": (4, 4), "place": (3, 4)}
+    layout = {name: (None, None, torch.Size(shape)) for name, shape in shapes.items()}
+    masks = {"none": torch.ones(1, dist.get_world_size(), dtype=torch.bool)}
+    torch.manual_seed(0)
+    sync = kind(Added(), masks, layout, **options)
+    sync.module(torch.randn(1, 3, 4)).square().sum().backward()
+    sync.finish()
+    return gathered(sync, [run.param.grad for run in sync.runs])
+
+
+def test_the_gradients_memory_may_be_shared_with_one_that_is_still_to_flow_on():
+    for nbytes in 1, 1000:                                  # a bucket for each parameter, and one for both
+        plain = run_on(2, _gradient_below_a_view, sdp.MaskedAllReduce, {})[0]
+        overlapped = run_on(2, _gradient_below_a_view, sdp.SubnetDataParallel, {"bucket_bytes": nbytes})[0]
+        for name, grad in plain.items():
+            torch.testing.assert_close(overlapped[name], grad, rtol=0, atol=1e-6)
+
+
+def test_stream_refuses_a_full_model_with_a_parameter_that_is_tied():
+    with alone():
+        sync = wrapped(Net(3, tied=True), layout=without("head.weight"))
+        with torch.device("meta"):
+            full = Net(6, tied=True)
+        full.stages = partial(list, [("embed", full.embed), ("inside", full.inside.up), ("head", full.head)])
+        with pytest.raises(ValueError, match="head.weight is not in the layout"):
+            list(sdp.stream(sync, full, [torch.ones(2, 4)]))
 
 
 def test_gather_takes_states_of_another_dtype_and_parameters_without_dimensions():
