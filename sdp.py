@@ -93,6 +93,17 @@ def block_masks(branches, n_subnets, held, seed=0):
             for name, (block, neurons, *_) in branches.items()}
 
 
+def ends_masks(branches, n_subnets, held, seed=0):
+    """As at block level, but all subnets hold both ends: the first block and the last."""
+    blocks = [block for block, *_ in branches.values()]
+    ends = min(blocks), max(blocks)
+    inner = {name: branch for name, branch in branches.items() if branch[0] not in ends}
+    masks = block_masks(inner, n_subnets, held, seed) if inner else {}
+    all_hold = torch.ones(1, n_subnets, dtype=torch.bool)
+    return {name: masks[name] if name in inner else all_hold.repeat(neurons, 1)
+            for name, (_, neurons, *_) in branches.items()}
+
+
 def neuron_masks(branches, n_subnets, held, seed=0):
     """The neurons are dealt to at most `n_subnets` holder sets in turn, like cards.
 
@@ -112,7 +123,7 @@ def neuron_masks(branches, n_subnets, held, seed=0):
     return {name: masks[name] for name in branches}
 
 
-MASKS = {"block": block_masks, "neuron": neuron_masks}      # train.py --level; yours is a third entry
+MASKS = {"block": block_masks, "ends": ends_masks, "neuron": neuron_masks}  # --level; add yours
 
 
 def count_subnets(masks):

@@ -119,6 +119,7 @@ def parse(argv):
     p.add_argument("--parallel", choices=["sdp", "ddp"], default="sdp", help="[%(default)s]")
     p.add_argument("--masking", choices=["forward", "backward"], default="forward", help="[%(default)s]")
     p.add_argument("--steps", type=positive, help="number of updates [by model]")
+    p.add_argument("--until", type=positive, help="stop after this update; --resume goes on")
     p.add_argument("--flop-match", action="store_true", help="more steps: the FLOPs of DDP over --steps")
     p.add_argument("--eval-every", type=positive, help="updates between evaluations [by model]")
     p.add_argument("--save-every", type=positive, default=500, help="updates between checkpoints [500]")
@@ -195,8 +196,8 @@ def train(args, device):
     batch = dataset.batch("train", 0, 0, 1)                          # for its shape
     flops, full_flops = measure_workers(design, full, batch)         # of one micro-step
     steps = round(args.steps * full_flops / flops) if args.flop_match else args.steps
-    if start >= steps:
-        say(f"nothing to do: the checkpoint in {out_dir} is of step {start}, and the run has {steps} steps")
+    if start >= min(steps, args.until or steps):
+        say(f"nothing to do: the checkpoint in {out_dir} is of step {start} of {steps}")
         return
 
     # This process's worker (without torchrun all of them), and the optimizer of what it trains
@@ -219,6 +220,7 @@ def train(args, device):
         # whom a signal has reached.  It also brings the norm
         message = sync.clip_grad_norm(design.family.max_norm, loss / sync.world, float(STOP))
         norm, loss, stops = message.tolist()
+        stops = stops or now == args.until
         if math.isfinite(norm) and math.isfinite(loss):              # alike on all ranks
             optimizer.step()
             updates += 1

@@ -112,7 +112,7 @@ def count_all(model="llama-134m", n_subnets=8, held=6):
     """Rows for DDP, for subnetworks that train alone without sdp.py, and for the four variants of SDP."""
     config = llama.PRESETS[model]
     branches = llama.branches(config)
-    masks = {level: draw(branches, n_subnets, held) for level, draw in sdp.MASKS.items()}
+    masks = {level: sdp.MASKS[level](branches, n_subnets, held) for level in ("block", "neuron")}
     counts = {level: sdp.held_counts(masks[level], 0) for level in masks}
     rows = [measure("ddp", config, masks["block"], partial(llama.Llama, config))]
     for level in masks:

@@ -453,7 +453,7 @@ def main(argv=None):
     world, all_designs = args.subnets, designs(args, config)
     say(f"{args.model}, {world} workers, {args.subnets} subnets, coverage {args.coverage}, "
         f"batch {args.batch_size}, {device.type}, {args.dtype}; who holds what (subnets across):\n")
-    train.describe_masks(all_designs[f"sdp-forward-{args.level}"])
+    train.describe_masks(train.Design(args, config))
     for held in range(1, args.subnets + 1):
         coverage = f"{held}/{args.subnets}"
         at = changed(args, masking="forward", coverage=coverage)

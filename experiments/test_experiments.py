@@ -176,11 +176,12 @@ def test_plan_writes_its_rows_and_says_where_28_percent_are_saved(tmp_path, caps
     for name in "fsdp-zero2", "sdp-forward-neuron", "sdp-backward-neuron":       # other tests plan them
         monkeypatch.delitem(plan.VARIANTS, name)
     results = tmp_path / "plan.jsonl"
-    plan.main(["--subnets", "4", "--batch-size", "2", "--results", str(results), "--device", "cpu"])
+    plan.main(["--subnets", "4", "--batch-size", "2", "--results", str(results), "--device", "cpu",
+               "--level", "ends"])
     said = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "plan.jsonl").read_text().splitlines()]
     names = [name for name in plan.VARIANTS if name in NAMES]
-    assert [r["variant"] for r in rows] == [*names, *(f"sdp-forward-block at {k}/4" for k in range(1, 5))]
+    assert [r["variant"] for r in rows] == [*names, *(f"sdp-forward-ends at {k}/4" for k in range(1, 5))]
     by_name = {r["variant"]: r for r in rows}
     keys = "variant params flops memory sent_bytes communicators model subnets coverage".split()
     kinds = "parameters gradients optimizer activations temporary peak".split()
@@ -201,12 +202,12 @@ def test_plan_writes_its_rows_and_says_where_28_percent_are_saved(tmp_path, caps
     names = "ddp-checkpoint", "ddp", "sdp-backward-block", "sdp-forward-block"
     order = [by_name[name]["flops"] for name in names]
     assert order == sorted(order, reverse=True) and len(set(order)) == 4
-    same = "sdp-forward-block at 4/4", "sdp at coverage 1"
+    same = "sdp-forward-ends at 4/4", "sdp at coverage 1"
     assert all(by_name[name]["flops"] == ddp["flops"] for name in same)
     assert ddp["communicators"] == by_name["sdp at coverage 1"]["communicators"] == 1
     assert by_name["sdp-forward-block"]["communicators"] == 4  # the world, and the 3 of 4 sets that it is in
     assert "block 0  " in said and "spectral gap" in said
-    peak = {k: by_name[f"sdp-forward-block at {k}/4"]["memory"]["peak"] for k in range(1, 5)}
+    peak = {k: by_name[f"sdp-forward-ends at {k}/4"]["memory"]["peak"] for k in range(1, 5)}
     for part in 28, 60:
         enough = [k for k in peak if peak[k] <= (1 - part / 100) * ddp["memory"]["peak"]]
         assert f"{part}% less: at " + (f"coverage {max(enough)}/4" if enough else "none") in said

@@ -31,6 +31,20 @@ def test_equal_blocks_are_dealt_as_evenly_as_whole_numbers_allow(blocks, subnets
     assert loads(masks, branches).max() == pytest.approx(best)
 
 
+@pytest.mark.parametrize("layers,subnets,held", [(4, 4, 2), (4, 4, 1), (8, 8, 5), (8, 8, 3), (2, 4, 3)])
+def test_with_the_ends_on_all_the_blocks_between_are_dealt_as_evenly_as_can_be(layers, subnets, held):
+    branches = llama.branches(llama.LlamaConfig(num_hidden_layers=layers))
+    masks = sdp.ends_masks(branches, subnets, held)
+    carried = np.zeros(subnets)
+    assert list(masks) == list(branches)
+    for name, mask in masks.items():
+        block, neurons, *_ = branches[name]
+        assert mask.shape == (neurons, subnets) and (mask == mask[0]).all()
+        assert mask[0].sum() == (subnets if block in (0, layers - 1) else held)
+        carried += mask[0].numpy()                          # twice: attention and MLP
+    assert carried.max() - carried.min() <= 2
+
+
 def test_neuron_masks_balance_branches_smaller_than_the_number_of_subnets():
     branches = llama.branches(llama.LlamaConfig(num_hidden_layers=6, num_key_value_heads=2))
     for held in range(1, 9):

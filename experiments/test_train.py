@@ -531,7 +531,7 @@ def test_resume_says_what_it_does_with_masks_and_flags(tmp_path, capsys, monkeyp
     assert "mask function do not make the saved ones" in said("--coverage", "1/3", steps=5)
     assert all(torch.equal(m, again[b]) for b, m in load(tmp_path)["masks"].items())
     out = said("--coverage", "1/3", steps=5)
-    assert "nothing to do" in out and "is of step 5, and the run has 5 steps" in out and "sample" not in out
+    assert "nothing to do" in out and "is of step 5 of 5" in out and "sample" not in out
 
 
 def test_contents_of_the_data_decide_not_their_name(tmp_path):
@@ -1036,6 +1036,22 @@ def test_one_worker_is_told_to_stop_and_all_do_and_the_run_goes_on_from_there(tm
     assert load(tmp_path)["step"] == 2
     assert run_on(2, train_on_pool, flags(tmp_path, *same, "--resume")) == [None, None]
     check_same(load(tmp_path, "whole"), load(tmp_path))
+
+
+def test_coverage_can_rise_in_the_middle_of_a_run(tmp_path, capsys):
+    first = ["--level", "ends", "--coverage", "1/4", "--subnets", 4]
+    train.main(flags(tmp_path, *first, "--until", 3))
+    assert "told to stop: saved after step 3" in capsys.readouterr().out and load(tmp_path)["step"] == 3
+    train.main(flags(tmp_path, *first, "--until", 3, "--resume"))
+    assert "nothing to do: the checkpoint" in capsys.readouterr().out
+    train.main(flags(tmp_path, "--level", "ends", "--coverage", "2/4", "--subnets", 4, "--resume"))
+    assert "--coverage 2/4 (was 1/4)" in capsys.readouterr().out
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    flops = np.diff([0, *(line["flops"] for line in lines)])
+    assert flops[0] == flops[1] == flops[2] < flops[3] == flops[4] == flops[5]
+    share = [mask.float().mean() for mask in load(tmp_path)["masks"].values()]
+    assert share == [1, 1, 0.5, 0.5, 1, 1]                           # three blocks
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_checkpoint(tmp_path, monkeypatch, heard):
