@@ -117,6 +117,7 @@ def rows():
     out["neuron-6-ends-flops"] = replace(neuron, held=5, ends=True, lr_of="")
     for name in "block-6-ends", "neuron-6-ends":
         out[f"{name}-early-3-flops"] = replace(out[f"{name}-flops"], early=3)
+    out["block-6-ends-early-3-batch-x4-flops"] = replace(out["block-6-ends-early-3-flops"], batch=8)
     out["ddp-6-workers-early-3-flops"] = Row(workers=6, flops=True, early=3)
     for row in block, neuron:
         for percent in 10, 20:
