@@ -700,9 +700,9 @@ class SubnetDataParallel(MaskedAllReduce):
 
         Go through the runs in forward order, with one open bucket for each holder set.  When one is full,
         begin new ones of all sets: buckets leave in this order, and one that stayed open for many layers
-        would hold up all behind it.  A large run gets a bucket of its own: it need not be packed.  The
-        backward pass comes to the runs in the opposite order, so the list is reversed.  Its last buckets are
-        small, as little of the backward pass is left to hide them: the first limit is a quarter.
+        would hold up all behind it.  The backward pass comes to the runs in the opposite order, so the list
+        is reversed.  Its last buckets are small, as little of the backward pass is left to hide them: the
+        first limit is a quarter.
         """
         buckets = []                                        # of all workers
         opened = {}
@@ -713,15 +713,11 @@ class SubnetDataParallel(MaskedAllReduce):
                 limit = min(2 * limit, self.bucket_bytes)
                 opened = {}
                 filled = Counter()
-            nbytes = run.numel * self.dtype.itemsize
-            filled[run.holders] += nbytes
-            if nbytes >= self.bucket_bytes / 4:
-                buckets.append((run.holders, [run]))
-            else:
-                if run.holders not in opened:
-                    opened[run.holders] = []
-                    buckets.append((run.holders, opened[run.holders]))
-                opened[run.holders].append(run)
+            filled[run.holders] += run.numel * self.dtype.itemsize
+            if run.holders not in opened:
+                opened[run.holders] = []
+                buckets.append((run.holders, opened[run.holders]))
+            opened[run.holders].append(run)
         return [(holders, runs) for holders, runs in reversed(buckets) if self.subnet in holders]
 
     def _restart(self):
@@ -751,8 +747,8 @@ class SubnetDataParallel(MaskedAllReduce):
         for bucket in self.buckets[self._next:]:
             if not all(run.local in self._taken for run in bucket.runs):
                 break
-            grads = [run.param.grad for run in bucket.runs]
-            packed = torch.cat(grads) if len(grads) > 1 else grads[0]  # one run need not be packed
+            # A copy, even of one run: autograd may give a parameter a view of a gradient that has to flow on
+            packed = torch.cat([run.param.grad for run in bucket.runs])
             message = self._pack(packed, bucket.share, self.wire_dtype)
             work = dist.all_reduce(message, group=self.groups[bucket.holders], async_op=True)
             for run in bucket.runs:
@@ -819,12 +815,8 @@ class SubnetDataParallel(MaskedAllReduce):
 
 
 def pack(gradients, share, dtype):
-    """A bucket's gradients, 1-D, as they travel: 1/|H_j| * g_ij.
-
-    Not in place: where two parameters are added up, say, autograd may give one a view of what is still to
-    flow on from the other.
-    """
-    return (gradients * share).to(dtype)
+    """A bucket's gradients, 1-D, as they travel: 1/|H_j| * g_ij."""
+    return gradients.mul_(share).to(dtype)
 
 
 def unpack(message, dtype):
