@@ -182,6 +182,7 @@ def validation_loss(row):
 LOOKS = {                                                            # row -> label, colour
     "ddp{}": ("DDP", "black"),
     "block-6{}-flops": ("SDP forward block 6/8", "#1b6ca8"),
+    "block-6-ends-early-3{}-flops": ("SDP ends 3/8, then 5/8", "#7b2d8b"),
     "neuron-6{}-flops": ("SDP forward neuron 6/8", "#c2571a"),
     "ddp-6-workers{}-flops": ("DDP on 6 of 8 workers", "#999999"),
     "small-6-layers{}-flops": ("DDP, 6 of 8 blocks", "#2f7d4f"),
@@ -202,7 +203,9 @@ def flops():
             if steps[-2] > 0.98 * steps[-1]:                         # two points in one place
                 steps.pop(-2)
             losses = np.array([[dict(row["curve"])[step] for step in steps] for row in rows])
-            work = rows[0]["flops"] * np.array(steps) / steps[-1] / 1e12
+            flops, count = rows[0]["flops"], rows[0]["steps"]
+            half = rows[0].get("first_half_flops", flops * (count // 2) / count)
+            work = np.interp(steps, [0, count // 2, count], [0, half, flops]) / 1e12
             seeds = f"{len(rows)} seeds" if len(rows) > 1 else "1 seed"
             label = f"{label}, {seeds}"
             axis.plot(work, losses.mean(0), color=colour, marker="o", markersize=3.5, label=label)

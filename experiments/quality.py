@@ -115,8 +115,8 @@ def rows():
     neuron = Row(level="neuron", held=6, flops=True, lr_of="neuron-6-flops")
     out["neuron-6-redraw-50-flops"] = replace(neuron, redraw=50)
     out["neuron-6-ends-flops"] = replace(neuron, held=5, ends=True, lr_of="")
-    for name in "block-6-ends", "neuron-6-ends":
-        out[f"{name}-early-3-flops"] = replace(out[f"{name}-flops"], early=3)
+    for name in "block-6-ends", "neuron-6-ends", "block-6", "neuron-6":
+        out[f"{name}-early-3-flops"] = replace(out[f"{name}-flops"], early=3)  # of 8 at first
     out["block-6-ends-early-3-batch-x4-flops"] = replace(out["block-6-ends-early-3-flops"], batch=8)
     out["ddp-6-workers-early-3-flops"] = Row(workers=6, flops=True, early=3)
     for row in block, neuron:
@@ -412,8 +412,8 @@ def train(row, updates, seed, lr, dataset, report):
         flops = flops_of(row, masks_of(replace(row, draw="balanced"), branches, seed, 0))
     first = first_half(row)
     first_masks = masks_of(first, branches, seed, 1) if row.early and row.level else masks
-    if row.early:
-        flops = (flops_of(first, first_masks) + flops) / 2           # mean of all updates
+    first_flops = flops_of(first, first_masks) if row.early else flops
+    flops = (first_flops + flops) / 2                                # mean of all updates
     if row.finish:
         flops += row.finish * (flops_of(replace(row, backward=True), masks) - flops)
     plain = replace(rows()[plain_name(row)], batch=row.batch)
@@ -457,8 +457,8 @@ def train(row, updates, seed, lr, dataset, report):
         seconds += time.perf_counter() - began
         report(step + 1, steps, seconds)
     result = {"steps": steps, "val_loss": curve[-1][1], "curve": curve, "flops": flops * steps,
-              "samples": samples, "seconds": round(seconds, 1),
-              "torch": torch.__version__}
+              "first_half_flops": first_flops * (steps // 2), "samples": samples,
+              "seconds": round(seconds, 1), "torch": torch.__version__}
     if isinstance(workers, Dense):
         # If the full model's branches have the right scale, no other factor is better than 1
         result["at_factor"] = {}
