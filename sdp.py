@@ -569,7 +569,7 @@ class MaskedAllReduce(Worker):
     number by itself, as SGD and Adam do and Adafactor does not.  Use float32 weights, with autocast for
     bfloat16.  Do not use torch.amp.GradScaler: it skips updates rank by rank, and the replicas part.  The
     norm that `clip_grad_norm` returns is the same on all ranks: skip optimizer.step() by that, but not
-    refresh().
+    refresh().  Parameters in no loss get zeros.  module.zero_grad() drops what a failed backward pass left.
     """
 
     no_sync = nullcontext           # here the gradients of micro-steps add up until finish()
@@ -758,10 +758,7 @@ class SubnetDataParallel(MaskedAllReduce):
 
     @torch.no_grad()
     def finish(self):
-        """Makes every run's gradient the average over its holders.  Call it after the backward pass.
-
-        Raises RuntimeError if the forward pass has not waited for the weights that `refresh` asked for.
-        """
+        """As above.  RuntimeError if the forward pass has not waited for the weights of the last refresh."""
         if not self._synchronise:
             raise RuntimeError("finish() inside no_sync(): the last micro-step must be outside of it")
         used = {self.layout[self.slots[local].name][0] for local in self._taken}
