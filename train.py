@@ -259,7 +259,7 @@ def train(args, device):
             facts = {"step": now, "config": config, "masks": design.masks}
             save_checkpoint(out_dir, facts, sync, optimizer, design.family.moments, updates, statistics)
         if stops and not is_last:
-            say(f"told to stop: saved after step {now}; the same command with --resume goes on from there")
+            say(f"told to stop: saved after step {now}; --resume goes on from there")
             return
 
 
