@@ -159,8 +159,8 @@ def holder_sets(masks):
     which = {}
     for name, mask in masks.items():
         if mask.dtype != torch.bool or mask.shape[1:] != (count_subnets(masks),) or not len(mask):
-            raise ValueError(f"mask of {name}: wanted bool [neurons, subnets], "
-                             f"got {mask.dtype} {list(mask.shape)}")
+            raise ValueError(f"mask of {name}: wanted bool [neurons, subnets], all of {count_subnets(masks)} "
+                             f"subnets, got {mask.dtype} {list(mask.shape)}")
         alone = ~mask.any(1)
         if alone.any():
             raise ValueError(f"mask of {name}: no subnet holds neuron {int(alone.nonzero()[0])}")
@@ -758,7 +758,7 @@ class SubnetDataParallel(MaskedAllReduce):
 
     @torch.no_grad()
     def finish(self):
-        """As above.  RuntimeError if the forward pass has not waited for the weights of the last refresh."""
+        """As MaskedAllReduce.  RuntimeError if the forward pass did not wait for the refreshed weights."""
         if not self._synchronise:
             raise RuntimeError("finish() inside no_sync(): the last micro-step must be outside of it")
         used = {self.layout[self.slots[local].name][0] for local in self._taken}
@@ -1070,9 +1070,8 @@ def check_masks(masks, branches):
         raise ValueError(f"the masks are not of this model: branches {odd[:3]} differ")
     n_subnets = count_subnets(masks)
     for name, mask in masks.items():
-        if len(mask) != branches[name][1] or mask.shape[-1] != n_subnets:
-            raise ValueError(f"mask of {name}: wanted {branches[name][1]} neurons and {n_subnets} subnets, "
-                             f"got {list(mask.shape)}")
+        if len(mask) != branches[name][1]:
+            raise ValueError(f"mask of {name}: wanted {branches[name][1]} neurons, got {len(mask)}")
     sets, _ = holder_sets(masks)
     sizes = {len(holders) for holders in sets}
     warnings = []

@@ -78,7 +78,7 @@ class Row:
     redraw: int = 0             # new masks after every so many updates; 0: never
     ends: bool = False          # all subnets hold the first and the last block
     finish: float = 0.0         # the last part of the updates is done under backward masking
-    early: int = 0              # k in the first half of the updates, less than later; without a level: workers
+    early: int = 0              # k in the first half of the updates, then `held`; without a level: workers
     lr_of: str = ""             # the row whose learning rate this one takes; "": it has its own search
 
 

@@ -256,7 +256,8 @@ def test_bench_on_real_workers(tmp_path, monkeypatch, more):
     make_small(monkeypatch)
     results, traces = tmp_path / "bench.jsonl", tmp_path / "traces"
     arguments = f"--updates 1 --batch-size 2 --subnets 2 --coverage 1/2 --device cpu --results {results}"
-    arguments = [*arguments.split(), "--traces", str(traces), *(more or ["--seq-len", "16", "--data", text_bin(tmp_path)])]
+    more_flags = more or ["--seq-len", "16", "--data", text_bin(tmp_path)]
+    arguments = [*arguments.split(), "--traces", str(traces), *more_flags]
     assert run_on(4, train_on_pool, arguments, None if more else fewer_variants, bench.main) == [None] * 4
     rows = {r["variant"]: r for r in map(json.loads, results.read_text().splitlines())}
     wanted = list(plan.VARIANTS) if more else [name for name in NAMES if name not in UNBENCHED]
