@@ -648,6 +648,7 @@ class MaskedAllReduce(Worker):
     def refresh(self):
         """Backward masking: brings new weights to those who run them frozen.  Forward masking: nothing."""
         self._stale = False
+        self.squares = []                                   # or a clip before the next finish() would use them
         self.refresher.ask()
         self.refresher.arrive()
 
@@ -729,11 +730,12 @@ class SubnetDataParallel(MaskedAllReduce):
     @contextmanager
     def no_sync(self):
         """Around all micro-steps of an update but the last one, whose backward pass synchronises the sum."""
+        outer = self._synchronise                           # False in a no_sync() of somebody else
         self._synchronise = False
         try:
             yield
         finally:
-            self._synchronise = True
+            self._synchronise = outer
 
     @torch.no_grad()
     def _ready(self, local, _=None):
@@ -783,6 +785,7 @@ class SubnetDataParallel(MaskedAllReduce):
         Call arrive() before you read or write frozen weights in any other way.
         """
         self._stale = False
+        self.squares = []
         self.refresher.ask()
 
     def arrive(self):
@@ -806,6 +809,7 @@ class SubnetDataParallel(MaskedAllReduce):
 
     def close(self):
         """Removes the hooks and ends the groups, so that the module can be wrapped again.  Collective."""
+        self.reset()                                        # after a failed backward pass others may wait
         super().close()
         for hook in self._hooks:
             hook.remove()

@@ -181,6 +181,15 @@ def test_wrong_use_is_refused():
         with pytest.raises(RuntimeError, match="call finish"):
             sync.clip_grad_norm(1.0)
         sync.module(x).sum().backward()
+        sync.finish()
+        sync.refresh()                                      # the norm of this update was not asked for
+        with pytest.raises(RuntimeError, match="call finish"):
+            sync.clip_grad_norm(1.0)
+        with sync.no_sync():
+            with sync.no_sync():
+                pass
+            sync.module(x).sum().backward()                 # inside of the outer one still
+        sync.module(x).sum().backward()
         with pytest.raises(RuntimeError, match="put all but the last under no_sync"):
             sync.module(x).sum().backward()
         sync.reset()
@@ -345,6 +354,10 @@ def _an_update_that_fails():
         sync.finish()
         grads.append(gathered(sync, [run.param.grad for run in sync.runs]))
         sync.reset()
+    [net.head, net.embed][rank].register_forward_hook(fail)
+    with pytest.raises(ArithmeticError):
+        net(x).sum().backward()
+    sync.close()                                            # sends what the other rank waits for
     return grads
 
 
