@@ -22,29 +22,31 @@ There are two regimes:
     gradients, optimizer state      the subnetwork's            the subnetwork's
     a branch's output               times 1/C (*)               as it is
     gradient, as an estimate
-    of the full model's             biased                      unbiased: its mean over the data is right
+    of the full model's             biased (**)                 unbiased: its mean over the data is right
 
     (*) not where a batch norm follows, which scales anyway
+    (**) the input of a branch comes from other branches, of which the worker has only parts
 
 The words:
 
     branch      the f of a residual x <- x + f(x); its inside is a sum over its neurons
-    neuron      the smallest piece that is held or not: a head, a hidden unit, a channel
+    neuron      the smallest part that is held or not: a head, a hidden unit, a channel
     subnet      the number of a subnetwork, 0 to S-1
     held        a worker holds the neurons of its subnetwork: it trains them
     holders     of a neuron: the *subnets* that hold it, a sorted tuple, also called a holder set.
                 H_j are the *workers* that do: W/S for each of these subnets
     coverage    C = number of holders / S
-    frozen      under backward masking a worker also runs the neurons it does not hold; they do not train here
-    refresh     a holder sends new weights to the workers that run them frozen
+    frozen      under backward masking a worker also has the neurons it does not hold; they do not train there
+    refresh     workers that hold neurons send the new weights to those that have them frozen
     run         what one holder set has of one parameter: one stretch of memory, a 1-D tensor
+    local       a parameter's name in this worker's subnetwork; `name` is that of the full parameter
 
 The file has the method four times, each time closer to the machine: `naive_masked_average`, which needs
 full-size tensors; `Simulation`, all workers in one process; `MaskedAllReduce`, real workers, one message
 for each holder set; and `SubnetDataParallel`, whose messages leave while the backward pass still runs.  You
 can stop after `MaskedAllReduce`.  (Its base `Worker` is what one process has; each class adds one idea to
 the one before.)  Then come `Refresher`, for backward masking alone, and `stream`, which evaluates the full
-model.  Appendix 1 finds and describes masks.  Appendix 2 is about refusals.
+model.  Appendix 1 has more masks, finds balanced ones, and describes any.  Appendix 2 is about refusals.
 """
 
 import hashlib
@@ -64,14 +66,14 @@ import torch.nn as nn
 from torch.func import functional_call
 
 
-def naive_masked_average(grad, mask):
+def naive_masked_average(grad, holds):
     """The formula with full-size tensors.
 
-    grad [neurons, ...] of this worker; mask bool [neurons]: which it holds.  Each neuron has a holder.
+    grad [neurons, ...] of this worker; holds bool [neurons]: which it holds.  Some worker holds each neuron.
     """
-    mask = mask.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1))
-    total = grad * mask                                     # zeros from those who do not hold
-    count = mask.clone()
+    holds = holds.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1))
+    total = grad * holds                                    # zeros from those who do not hold
+    count = holds.clone()
     dist.all_reduce(total)                                  # sum over i in H_j of g_ij
     dist.all_reduce(count)                                  # |H_j|
     return total / count
@@ -80,9 +82,11 @@ def naive_masked_average(grad, mask):
 # -----------------------------------------------------------------------------------------------------------
 # Masks: {branch: bool tensor [neurons, n_subnets]}, who holds what
 # -----------------------------------------------------------------------------------------------------------
-# A model tells us its `branches`: branch name -> (block, number of neurons, *costs of one neuron).  The
-# costs are bytes, FLOPs and activations, or others; only their ratios matter.  `balanced_sets`, in the
-# appendix, gives each of n items a set of `held` subnets, so that all subnets carry equal costs.
+# A mask function gets the model's `branches`: branch name -> (block, number of neurons, *costs of one
+# neuron).  The costs are bytes, FLOPs and activations, or others; only their ratios matter.  `held` is the k
+# of the coverage k/S: so many of the `n_subnets` shall hold each neuron.  `balanced_sets` gives each of n
+# items a set of `held` subnets, so that all subnets carry about equal costs.  It is in appendix 1, with
+# `neuron_masks`, `ends_masks`, and MASKS, the table of all mask functions.
 
 def block_masks(branches, n_subnets, held, seed=0):
     """Each block is held or skipped whole.  Exactly `held` of the subnets hold it."""
@@ -91,39 +95,6 @@ def block_masks(branches, n_subnets, held, seed=0):
     sets = balanced_sets(cost, size, n_subnets, held, seed)  # bool [blocks, n_subnets]
     return {name: sets[blocks.index(block)].repeat(neurons, 1)
             for name, (block, neurons, *_) in branches.items()}
-
-
-def ends_masks(branches, n_subnets, held, seed=0):
-    """As at block level, but all subnets hold both ends: the first block and the last."""
-    blocks = [block for block, *_ in branches.values()]
-    ends = min(blocks), max(blocks)
-    inner = {name: branch for name, branch in branches.items() if branch[0] not in ends}
-    masks = block_masks(inner, n_subnets, held, seed) if inner else {}
-    all_hold = torch.ones(1, n_subnets, dtype=torch.bool)
-    return {name: masks[name] if name in inner else all_hold.repeat(neurons, 1)
-            for name, (_, neurons, *_) in branches.items()}
-
-
-def neuron_masks(branches, n_subnets, held, seed=0):
-    """The neurons are dealt to at most `n_subnets` holder sets in turn, like cards.
-
-    A branch goes on where one like it has ended: so branches with few neurons are balanced too.
-    """
-    total = sum(neurons for _, neurons, *_ in branches.values())
-    ones = np.ones(min(n_subnets, total))                   # all sets cost the same
-    sets = balanced_sets(ones[:, None], ones, n_subnets, held, seed)  # bool [sets, n_subnets]
-    costs = {name: of_one for name, (_, _, *of_one) in branches.items()}
-    masks = {}
-    dealt = 0                                               # neurons, as cards are: to the sets in turn
-    for name in sorted(branches, key=costs.get):            # like branches follow each other
-        neurons = branches[name][1]
-        turns = (dealt + torch.arange(neurons)) % len(sets)
-        masks[name] = sets[turns.sort().values]             # neurons of one set follow each other
-        dealt += neurons
-    return {name: masks[name] for name in branches}
-
-
-MASKS = {"block": block_masks, "ends": ends_masks, "neuron": neuron_masks}  # --level; add yours
 
 
 def count_subnets(masks):
@@ -210,23 +181,16 @@ def slots(module, masks, layout, subnet):
         path = local.split(".")
         frozen = "rest" in path
         name = ".".join(part for part in path if part != "rest")
-        if name not in layout:
-            raise ValueError(f"parameter {name} is not in the layout: add it (branch None if all hold it)")
+        check_place(local, name, frozen, masks, layout)
         branch, dim, shape = layout[name]
         if dim is None:
-            if frozen:
-                raise ValueError(f"parameter {local} belongs to its branch as a whole, and `rest` would add "
-                                 f"it again: add it once, outside of held and rest")
             # A norm is outside of held and rest.  It trains where some neuron of its branch does
             slot = Slot(name, None, None, branch is None or bool(masks[branch][:, subnet].any()))
         else:
             mask = masks[branch]
-            if shape[dim] % len(mask):
-                raise ValueError(f"{name} has {shape[dim]} rows, which {len(mask)} neurons, as many as the "
-                                 f"mask of {branch} has, cannot share")
             neurons = which[branch].argsort(stable=True)    # sorted by holder set
-            held = mask[neurons, subnet]
-            neurons = neurons[~held if frozen else held]
+            holds = mask[neurons, subnet]
+            neurons = neurons[~holds if frozen else holds]
             each = shape[dim] // len(mask)                  # rows of one neuron
             rows = (neurons[:, None] * each + torch.arange(each)).flatten()
             slot = Slot(name, dim, rows, not frozen)
@@ -245,12 +209,89 @@ def cut(full, slot):
     return full.index_select(slot.dim, slot.rows.to(full.device))
 
 
-def flat(tensor, slot):
-    """A parameter's or gradient's numbers, neuron by neuron: 1-D, a view if they lie so in memory."""
-    if slot.dim is not None:
-        tensor = tensor.movedim(slot.dim, 0)
-    return tensor.reshape(-1)
+# -----------------------------------------------------------------------------------------------------------
+# All workers in one process: the clearest statement of the method, and what the tests compare with
+# -----------------------------------------------------------------------------------------------------------
 
+class Simulation:
+    """All workers, one after another, on full parameters.
+
+    modules: the S subnetworks, on the meta device.  value(full name) -> the full parameter's first value.
+    Raises ValueError if S does not divide the number of workers.
+    """
+
+    def __init__(self, modules, masks, layout, value, workers=None, device="cpu"):
+        self.n_subnets = len(modules)
+        self.world = workers or self.n_subnets
+        if self.world % self.n_subnets:
+            raise ValueError(f"{self.n_subnets} subnets do not divide the number of workers, {self.world}")
+        self.workers = list(range(self.world))
+        self.device = torch.device(device)
+        self.masks, self.layout, self.modules = masks, layout, modules
+        self.slots = [slots(module, masks, layout, subnet) for subnet, module in enumerate(modules)]
+        self.full = {name: nn.Parameter(value(name).to(device, copy=True)) for name in layout}
+
+    def forward(self, worker, *inputs):
+        """Forward pass of one worker.  Its module is a mere shape; its weights are cut from the full ones.
+
+        In the backward pass autograd pastes the gradients back, and adds up those of all workers in the
+        full parameter's .grad.
+        """
+        subnet = worker % self.n_subnets
+        weights = {}
+        for local, slot in self.slots[subnet].items():
+            full = self.full[slot.name] if slot.trains else self.full[slot.name].detach()
+            weights[local] = cut(full, slot)
+        return functional_call(self.modules[subnet], weights, inputs)
+
+    @torch.no_grad()
+    def finish(self):
+        """Each gradient is now a sum over the workers that hold the parameter.  Makes it their mean."""
+        for name, p in self.full.items():
+            branch, dim, shape = self.layout[name]
+            if branch is None:
+                count = torch.tensor(self.n_subnets)        # of subnets that hold each entry
+            elif dim is None:
+                count = self.masks[branch].any(0).sum()
+            else:
+                count = self.masks[branch].sum(1).repeat_interleave(shape[dim] // len(self.masks[branch]))
+                count = count.view([-1 if d == dim else 1 for d in range(len(shape))])
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            p.grad /= (count * (self.world // self.n_subnets)).to(self.device)  # 1/|H_j| * sum of g_ij
+
+    def clip_grad_norm(self, max_norm, *scalars):
+        """-> float64 [1 + len(scalars)]: the gradient's norm before clipping, and the scalars."""
+        norm = nn.utils.clip_grad_norm_(self.full.values(), max_norm)
+        return torch.tensor([norm, *scalars], dtype=torch.float64, device=self.device)
+
+    # The rest is there so that it can take the place of the classes below
+
+    no_sync = nullcontext
+    sent_bytes = 0
+
+    @property
+    def runs(self):
+        """What the optimizer steps on: here whole parameters."""
+        return [Run(name, (), p.numel(), name, p) for name, p in self.full.items()]
+
+    def refresh(self):
+        pass                                                # frozen weights are cut afresh in every pass
+
+    def part_of(self, full, run):
+        """What belongs into run.param, or into its optimizer state, of a full tensor."""
+        return full
+
+    def gather(self, tensors=None, under=""):
+        """Yields (full name, full tensor), for names that begin with `under`; see MaskedAllReduce."""
+        for name, tensor in zip(self.full, tensors or self.full.values()):
+            if name.startswith(under):
+                yield name, tensor.detach()
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Real workers: one process and one subnetwork each
+# -----------------------------------------------------------------------------------------------------------
 
 def seeded(*what):
     """A CPU random generator that is a function of `what` alone, on any machine and in any process."""
@@ -308,6 +349,13 @@ class Run(NamedTuple):
     param: nn.Parameter | None      # [numel], in the memory of `local`; the optimizer steps on it
 
 
+def flat(tensor, slot):
+    """A parameter's or gradient's numbers, neuron by neuron: 1-D, a view if they lie so in memory."""
+    if slot.dim is not None:
+        tensor = tensor.movedim(slot.dim, 0)
+    return tensor.reshape(-1)
+
+
 def runs_of(masks, layout):
     """All runs of the full model in forward order: (full name, holders, numel).  The same on all ranks.
 
@@ -327,87 +375,6 @@ def runs_of(masks, layout):
                 if n:
                     yield name, holders, numel // len(masks[branch]) * n
 
-
-# -----------------------------------------------------------------------------------------------------------
-# All workers in one process: the clearest statement of the method, and what the tests compare with
-# -----------------------------------------------------------------------------------------------------------
-
-class Simulation:
-    """All workers, one after another, on full parameters.  The interface is that of the classes below.
-
-    modules: the S subnetworks, on the meta device.  value(full name) -> the full parameter's first value.
-    Raises ValueError if S does not divide the number of workers.
-    """
-
-    no_sync = nullcontext
-    sent_bytes = 0
-
-    def __init__(self, modules, masks, layout, value, workers=None, device="cpu"):
-        self.n_subnets = len(modules)
-        self.world = workers or self.n_subnets
-        if self.world % self.n_subnets:
-            raise ValueError(f"{self.n_subnets} subnets do not divide the number of workers, {self.world}")
-        self.workers = list(range(self.world))
-        self.device = torch.device(device)
-        self.masks, self.layout, self.modules = masks, layout, modules
-        self.slots = [slots(module, masks, layout, subnet) for subnet, module in enumerate(modules)]
-        self.params = {name: nn.Parameter(value(name).to(device, copy=True)) for name in layout}
-        self.runs = [Run(name, (), p.numel(), name, p) for name, p in self.params.items()]
-
-    def forward(self, worker, *inputs):
-        """Forward pass of one worker.  Its module is a mere shape; its weights are cut from the full ones.
-
-        In the backward pass autograd pastes the gradients back, and adds up those of all workers in the
-        full parameter's .grad.
-        """
-        subnet = worker % self.n_subnets
-        weights = {}
-        for local, slot in self.slots[subnet].items():
-            full = self.params[slot.name] if slot.trains else self.params[slot.name].detach()
-            weights[local] = cut(full, slot)
-        return functional_call(self.modules[subnet], weights, inputs)
-
-    @torch.no_grad()
-    def finish(self):
-        """Each gradient is now a sum over the parameter's holders.  Divides it by their number."""
-        for name, p in self.params.items():
-            branch, dim, shape = self.layout[name]
-            if branch is None:
-                count = torch.tensor(self.n_subnets)        # of subnets that hold each entry
-            elif dim is None:
-                count = self.masks[branch].any(0).sum()
-            else:
-                count = self.masks[branch].sum(1).repeat_interleave(shape[dim] // len(self.masks[branch]))
-                count = count.view([-1 if d == dim else 1 for d in range(len(shape))])
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            p.grad /= (count * (self.world // self.n_subnets)).to(self.device)  # 1/|H_j| * sum of g_ij
-
-    def clip_grad_norm(self, max_norm, *scalars):
-        """-> float64 [1 + len(scalars)]: the gradient's norm before clipping, and the scalars."""
-        norm = nn.utils.clip_grad_norm_(self.params.values(), max_norm)
-        return torch.tensor([norm, *scalars], dtype=torch.float64, device=self.device)
-
-    def refresh(self):
-        pass                                                # frozen weights are cut afresh in every pass
-
-    def close(self):
-        pass
-
-    def part_of(self, full, run):
-        """What belongs into run.param, or into its optimizer state, of a full tensor."""
-        return full
-
-    def gather(self, tensors=None, under=""):
-        """Yields (full name, full tensor), for names that begin with `under`; see MaskedAllReduce."""
-        for run, tensor in zip(self.runs, tensors or self.params.values()):
-            if run.name.startswith(under):
-                yield run.name, tensor.detach()
-
-
-# -----------------------------------------------------------------------------------------------------------
-# Real workers: one process and one subnetwork each
-# -----------------------------------------------------------------------------------------------------------
 
 class Worker:
     """This process, and its subnetwork, rank mod S, cut into runs.  It averages nothing yet.
@@ -467,7 +434,7 @@ class Worker:
         return self.module(*inputs)
 
     def count_workers(self, holders):
-        """|H_j|: each subnet is that of W/S workers."""
+        """|H_j|: W/S workers train each subnet."""
         return len(holders) * self.world // self.n_subnets
 
     def _take_gradient(self, local):
@@ -528,13 +495,6 @@ class Worker:
 # -----------------------------------------------------------------------------------------------------------
 # Averaging among real workers
 # -----------------------------------------------------------------------------------------------------------
-# Bytes.  A ring all-reduce among h workers sends 2 (h-1)/h bytes per byte and worker, which is optimal.
-# Take W = S and coverage k/S, and count per byte of the full model's branches.  A worker holds k/S of them
-# and sends 2 (k-1)/k for each: 2 (k-1)/S.  A refresh brings every weight to S-k others, and S workers share
-# the work: (S-k)/S on average.  So
-#
-#     forward masking  2 (k-1)/S        backward masking  (k+S-2)/S        plain data parallelism  2 (S-1)/S
-#
 # Order.  Two workers may share several groups.  If one began with group A and the other with group B, both
 # could wait for ever.  So all workers go through all messages in one global order, each leaving out those
 # that are not for it.
@@ -543,7 +503,7 @@ class Bucket(NamedTuple):
     """Runs with the same holders.  Their gradients travel as one message."""
     holders: tuple
     runs: list
-    share: torch.Tensor             # 1/|H_j|; torch.compile would make a program for each float
+    share: torch.Tensor             # 1/|H_j|, a tensor: torch.compile would make a program for each float
 
 
 class MaskedAllReduce(Worker):
@@ -559,17 +519,21 @@ class MaskedAllReduce(Worker):
         optimizer.zero_grad()
         sync.refresh()                                  # backward masking: new weights for frozen neurons
 
-    module: the subnetwork of this process, rank mod S.  As in DDP, all take the first holder's weights, and
-    the module must not be moved or converted later.  backward: is it backward masking?  masks, layout and
-    backward: the same on every rank, or they wait for ever.  timeout: of the groups made here, a timedelta.
-    The loss must be the mean over this worker's batch.  runs: what this worker trains.  sent_bytes: what it
-    sends in one update.  Raises ValueError for what SDP would train wrongly.
+    module: the subnetwork of this process, rank mod S.  As in DDP, all take the weights of the first worker
+        that holds them, and the module must not be moved or converted later.
+    backward: is it backward masking?
+    timeout: a timedelta, for the process groups that are made here.
+    runs: what this worker trains.  sent_bytes: what it sends in one update.
 
-    The optimizer steps on runs (module.parameters() get no gradients), which are 1-D: so it must treat each
+    masks, layout and backward must be the same on every rank, or the ranks wait for ever.  The loss must be
+    the mean over this worker's batch.  Parameters in no loss get zeros.  module.zero_grad() drops what a
+    failed backward pass left.  Raises ValueError for what SDP would train wrongly.
+
+    The optimizer steps on runs (module.parameters() get no gradients).  They are 1-D, so it must treat each
     number by itself, as SGD and Adam do and Adafactor does not.  Use float32 weights, with autocast for
     bfloat16.  Do not use torch.amp.GradScaler: it skips updates rank by rank, and the replicas part.  The
     norm that `clip_grad_norm` returns is the same on all ranks: skip optimizer.step() by that, but not
-    refresh().  Parameters in no loss get zeros.  module.zero_grad() drops what a failed backward pass left.
+    refresh().
     """
 
     no_sync = nullcontext           # here the gradients of micro-steps add up until finish()
@@ -592,16 +556,18 @@ class MaskedAllReduce(Worker):
             self.buckets.append(Bucket(holders, runs, share))
         self.shares = torch.stack([bucket.share for bucket in self.buckets]).double()
         self.squares = []                                   # sum of squares of each message that has arrived
+        # It brings the weights that are frozen here.  Under forward masking there are none
         self.refresher = Refresher(self, self.all_runs if backward else [])
         self._stale = False                                 # finish() was called, and refresh() was not yet
         module.is_wrapped = True
         for run in self.runs:
             dist.broadcast(run.param.data, group=self.groups[run.holders], group_src=0)
-        MaskedAllReduce.refresh(self)                       # this one, which waits, in the subclass too
+        # Frozen copies get the first weights too.  (Not the subclass's refresh, which does not wait)
+        MaskedAllReduce.refresh(self)
 
     @torch.no_grad()
     def finish(self):
-        """Makes every run's gradient the average over its holders.  Call it after the backward pass."""
+        """Makes every run's gradient the average over the workers that hold it, after the backward pass."""
         self._begin_finish()
         for local in self.runs_in:
             self._take_gradient(local)
@@ -628,8 +594,9 @@ class MaskedAllReduce(Worker):
         """Scales the gradients so that the *full* model's gradient has at most this norm.
 
         -> float64 tensor [1 + len(scalars)]: the norm before, and the sum over all workers of each scalar
-        (the loss, a wish to stop).  All travel in one message.  Each parameter counts once: each of its h
-        holders adds 1/h of its square.  If you change gradients after finish(), the norm does not notice.
+        (the loss, a wish to stop).  All travel in one message.  Each parameter counts once: each of the
+        |H_j| workers that hold it adds 1/|H_j| of its square.  If you change gradients after finish(), the
+        norm does not notice.
         """
         if len(self.squares) < len(self.buckets):
             raise RuntimeError("call finish() before clip_grad_norm(): the gradients are not averages yet")
@@ -648,7 +615,7 @@ class MaskedAllReduce(Worker):
     def refresh(self):
         """Backward masking: brings new weights to those who run them frozen.  Forward masking: nothing."""
         self._stale = False
-        self.squares = []                                   # or a clip before the next finish() would use them
+        self.squares = []                                   # they are of an old update now
         self.refresher.ask()
         self.refresher.arrive()
 
@@ -669,7 +636,17 @@ class MaskedAllReduce(Worker):
 
     @property
     def sent_bytes(self):
-        """What this worker sends in one update, in bytes."""
+        """What this worker sends in one update, in bytes.
+
+        A ring all-reduce among h workers sends 2 (h-1)/h bytes per byte and worker, which is optimal.  Take
+        W = S and coverage k/S, and count per byte of the full model's branches.  A worker holds k/S of them,
+        and sends 2 (k-1)/k for each: 2 (k-1)/S.  A refresh brings each weight to S-k workers, and all S
+        share the work: (S-k)/S.  So
+
+            forward masking  2 (k-1)/S
+            backward masking  2 (k-1)/S + (S-k)/S  =  (k+S-2)/S
+            plain data parallelism  2 (S-1)/S
+        """
         reduced = sum(run.numel * (2 - 2 / self.count_workers(run.holders)) for run in self.runs)
         return reduced * self.wire_dtype.itemsize + self.refresher.sent * self.dtype.itemsize
 
@@ -702,8 +679,8 @@ class SubnetDataParallel(MaskedAllReduce):
         Go through the runs in forward order, with one open bucket for each holder set.  When one is full,
         begin new ones of all sets: buckets leave in this order, and one that stayed open for many layers
         would hold up all behind it.  The backward pass comes to the runs in the opposite order, so the list
-        is reversed.  Its last buckets are small, as little of the backward pass is left to hide them: the
-        first limit is a quarter.
+        is reversed.  The limit is a quarter at first: these buckets leave last, when little of the backward
+        pass is left to hide them.
         """
         buckets = []                                        # of all workers
         opened = {}
@@ -843,12 +820,12 @@ class Refresher:
     sync: the MaskedAllReduce it works for.  all_runs: of the full model; [] where nothing is frozen.
     sent: how many numbers this worker sends in an update.
 
-    Workers 0 to S-1 are a family, S to 2S-1 the next, and so on: each has all subnets, and refreshes itself.
+    Workers 0 to S-1 are a team, S to 2S-1 the next, and so on: each has all subnets, and refreshes itself.
     So on a host with S devices these weights never leave the host.
     """
 
     def __init__(self, sync, all_runs):
-        family = sync.rank - sync.subnet                    # its first worker
+        team = sync.rank - sync.subnet                      # its first worker
         limit = sync.bucket_bytes / sync.dtype.itemsize     # numbers a worker
         load = Counter()                                    # numbers each subnet sends; averaging comes first
         for run in all_runs:
@@ -863,14 +840,14 @@ class Refresher:
                 sends = [[] for _ in range(sync.world)]
                 gets = [[] for _ in range(sync.world)]
                 self.exchanges.append(Exchange(set(), sends, gets))
-            size += run.numel / sync.n_subnets
+            size += run.numel / sync.n_subnets              # as one of S workers sends it
             self.exchanges[-1].branches.add(sync.layout[run.name][0])
-            sender = min(run.holders, key=load.__getitem__)  # the holder with least to send so far
+            sender = min(run.holders, key=load.__getitem__)  # that with least to send so far
             load[sender] += run.numel
             if sync.subnet == sender:
-                sends[family + subnet].append(run.param.data)
+                sends[team + subnet].append(run.param.data)
             elif sync.subnet == subnet:
-                gets[family + sender].append(run.param.data)
+                gets[team + sender].append(run.param.data)
         self.sent = sum(numels(chain(*exchange.sends)) for exchange in self.exchanges)
         self.nothing = torch.empty(0, dtype=sync.dtype, device=sync.device)
         self._coming = []                                   # exchanges under way
@@ -958,6 +935,40 @@ def stream(sync, full, batches):
 # Appendix 1: finding masks with balanced loads, and describing any.  (Any masks can be trained.)
 # -----------------------------------------------------------------------------------------------------------
 
+def neuron_masks(branches, n_subnets, held, seed=0):
+    """The neurons are dealt to at most `n_subnets` holder sets in turn, like cards.
+
+    First those of all branches with one cost (attention), then those of the next (MLP).  A branch goes on
+    where the one before has ended, so branches with few neurons are balanced too.
+    """
+    total = sum(neurons for _, neurons, *_ in branches.values())
+    ones = np.ones(min(n_subnets, total))                   # all sets cost the same
+    sets = balanced_sets(ones[:, None], ones, n_subnets, held, seed)  # bool [sets, n_subnets]
+    costs = {name: of_one for name, (_, _, *of_one) in branches.items()}
+    masks = {}
+    dealt = 0                                               # neurons, as cards are: to the sets in turn
+    for name in sorted(branches, key=costs.get):
+        neurons = branches[name][1]
+        turns = (dealt + torch.arange(neurons)) % len(sets)
+        masks[name] = sets[turns.sort().values]             # sorted, for a picture that people can read
+        dealt += neurons
+    return {name: masks[name] for name in branches}
+
+
+def ends_masks(branches, n_subnets, held, seed=0):
+    """As at block level, but all subnets hold both ends: the first block and the last."""
+    blocks = [block for block, *_ in branches.values()]
+    ends = min(blocks), max(blocks)
+    inner = {name: branch for name, branch in branches.items() if branch[0] not in ends}
+    masks = block_masks(inner, n_subnets, held, seed) if inner else {}
+    all_hold = torch.ones(1, n_subnets, dtype=torch.bool)
+    return {name: masks[name] if name in inner else all_hold.repeat(neurons, 1)
+            for name, (_, neurons, *_) in branches.items()}
+
+
+MASKS = {"block": block_masks, "ends": ends_masks, "neuron": neuron_masks}  # --level; add yours
+
+
 def block_costs(branches, blocks):
     """What each block costs, [blocks, kinds], and how many neurons it has, [blocks]."""
     kinds = max(len(costs) for _, _, *costs in branches.values())
@@ -1016,8 +1027,8 @@ def balanced_sets(cost, size, n_subnets, held, seed):
 
     The weights say what matters: connected first, then balance, then the gap.  The search begins four times,
     each time with sets that follow one another round a ring, and makes random exchanges that do no harm.  At
-    most S sets, as each costs a process group.  All ranks find the same sets: no clock, and numbers are
-    rounded before they are compared.
+    most S sets, as each costs a process group.  All ranks find the same sets, as numbers are rounded before
+    they are compared.
     """
     if not 1 <= held <= n_subnets:
         raise ValueError(f"held must be from 1 to {n_subnets} (the number of subnets), not {held}")
@@ -1089,12 +1100,25 @@ def check_masks(masks, branches):
     return warnings
 
 
+def check_place(local, name, frozen, masks, layout):
+    """Raises ValueError unless the layout says where the parameter `local` lies in the full one, `name`."""
+    if name not in layout:
+        raise ValueError(f"parameter {name} is not in the layout: add it (branch None if all hold it)")
+    branch, dim, shape = layout[name]
+    if dim is None and frozen:
+        raise ValueError(f"parameter {local} belongs to its branch as a whole, and `rest` would add it "
+                         f"again: add it once, outside of held and rest")
+    if dim is not None and shape[dim] % len(masks[branch]):
+        raise ValueError(f"{name} has {shape[dim]} rows, which {len(masks[branch])} neurons, as many as the "
+                         f"mask of {branch} has, cannot share")
+
+
 def check_module(module, masks, layout, subnet, found):
     """Raises ValueError for what the module lacks, ties or keeps so that SDP would train it wrongly."""
     trained = {slot.name for slot in found.values() if slot.trains}
     for name, (branch, _, _) in layout.items():
-        held = branch is None or bool(masks[branch][:, subnet].any())
-        if held and name not in trained:
+        holds = branch is None or bool(masks[branch][:, subnet].any())
+        if holds and name not in trained:
             raise ValueError(f"subnet {subnet} holds {name}, but the module does not have it (of tied "
                              f"parameters only the first name belongs into the layout, with branch None)")
     first_name = {p: local for local, p in module.named_parameters()}

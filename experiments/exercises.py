@@ -200,7 +200,7 @@ def equal_to_dense(answer):
             (dense(batch, batch) / 4).backward()
         simulation.finish()
         same = all(torch.allclose(p.grad, dense.get_parameter(name).grad, atol=1e-5)
-                   for name, p in simulation.params.items())
+                   for name, p in simulation.full.items())
         right[f"{regime}, coverage {'1' if held == 4 else '3/4'}, {batches}"] = same
     is_dict = isinstance(answer, dict)
     need(is_dict and answer.keys() == right.keys(), "wanted a dict with the four keys of the text")

@@ -307,7 +307,7 @@ class Simulated:
         n_subnets = next(iter(masks.values())).shape[1]
         modules = [subnetwork(self.row, sdp.held_counts(masks, s)) for s in range(n_subnets)]
         self.sync = sdp.Simulation(modules, masks, self.layout, self.value, self.row.workers)
-        self.parameters = self.sync.params
+        self.parameters = self.sync.full
 
     def update(self, batches):
         total = 0.0

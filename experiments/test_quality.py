@@ -56,7 +56,7 @@ def test_one_dense_pass_is_the_simulation(row):
     simulation.finish()
 
     assert abs(mean - total / 8) < 1e-5
-    for name, p in simulation.params.items():
+    for name, p in simulation.full.items():
         error = (dense.parameters[name].grad - p.grad).abs().max() / p.grad.abs().max()
         assert error < 1e-5, name                                    # measured: 1e-6
 
