@@ -38,7 +38,7 @@ The words:
     coverage    C = number of holders / S
     frozen      under backward masking a worker also has the neurons it does not hold; they do not train there
     refresh     workers that hold neurons send the new weights to those that have them frozen
-    run         what one holder set has of one parameter: one stretch of memory, a 1-D tensor
+    piece       what one holder set has of one parameter: one stretch of memory, a 1-D tensor
     local       a parameter's name in this worker's subnetwork; `name` is that of the full parameter
 
 The file has the method four times, each time closer to the machine: `naive_masked_average`, which needs
@@ -157,7 +157,7 @@ def branch_holders(mask):
 # A subnet keeps its neurons sorted by holder set.  (A branch is a sum, so their order does not matter.)
 # And each cut parameter lies in memory neuron by neuron: one that is cut by columns (down_proj) is stored
 # column after column, like a transposed tensor.  So what one holder set has of a parameter is one stretch of
-# memory: a run.  Averaging, optimizer and refreshes need no dimensions.
+# memory: a piece.  Averaging, optimizer and refreshes need no dimensions.
 #
 # Under backward masking, modules whose path has the part `rest` have the frozen neurons: a.rest.b.weight is
 # cut from the full model's a.b.weight, and the branch is held(x) + rest(x).
@@ -271,15 +271,18 @@ class Simulation:
     sent_bytes = 0
 
     @property
-    def runs(self):
+    def pieces(self):
         """What the optimizer steps on: here whole parameters."""
-        return [Run(name, (), p.numel(), name, p) for name, p in self.full.items()]
+        return [Piece(name, (), p.numel(), name, p) for name, p in self.full.items()]
 
     def refresh(self):
         pass                                                # frozen weights are cut afresh in every pass
 
-    def part_of(self, full, run):
-        """What belongs into run.param, or into its optimizer state, of a full tensor."""
+    def close(self):
+        pass
+
+    def part_of(self, full, piece):
+        """What belongs into piece.param, or into its optimizer state, of a full tensor."""
         return full
 
     def gather(self, tensors=None, under=""):
@@ -340,8 +343,8 @@ def put(module, name, parameter):
     setattr(module.get_submodule(path), leaf, parameter)
 
 
-class Run(NamedTuple):
-    """A run, and where it is in this process.  All its holders have the same bits."""
+class Piece(NamedTuple):
+    """A piece, and where it is in this process.  All its holders have the same bits."""
     name: str                       # of the full parameter
     holders: tuple                  # subnets
     numel: int
@@ -356,8 +359,8 @@ def flat(tensor, slot):
     return tensor.reshape(-1)
 
 
-def runs_of(masks, layout):
-    """All runs of the full model in forward order: (full name, holders, numel).  The same on all ranks.
+def pieces_of(masks, layout):
+    """All pieces of the full model in forward order: (full name, holders, numel).  The same on all ranks.
 
     In a parameter they are in the order of `holder_sets`, by which `slots` has sorted the neurons.
     """
@@ -377,9 +380,9 @@ def runs_of(masks, layout):
 
 
 class Worker:
-    """This process, and its subnetwork, rank mod S, cut into runs.  It averages nothing yet.
+    """This process, and its subnetwork, rank mod S, cut into pieces.  It averages nothing yet.
 
-    runs: what it trains.  all_runs: those of the full model, whether they are here or not.
+    pieces: what it trains.  all_pieces: those of the full model, whether they are here or not.
     """
 
     def __init__(self, module, masks, layout, backward):
@@ -395,38 +398,38 @@ class Worker:
         self.device = next(iter(self.params.values())).device
         self.dtype = next(iter(self.params.values())).dtype
         check_wrap(module, self.slots)
-        for local, slot in self.slots.items():              # neuron by neuron in memory, so a run is a slice
+        for local, slot in self.slots.items():              # neuron by neuron in memory: a piece is a slice
             p = self.params[local]
             if slot.dim is None:
                 p.data = p.data.contiguous()
             else:
                 p.data = p.data.movedim(slot.dim, 0).contiguous().movedim(0, slot.dim)
 
-        self.all_runs = self._find_runs()
-        check_runs(self.all_runs, self.n_subnets, self.subnet, backward)
-        self.runs = [run for run in self.all_runs if self.subnet in run.holders]
-        self.runs_in = defaultdict(list)                    # trained parameter -> its runs, as they lie in it
-        for run in self.runs:
-            self.runs_in[run.local].append(run)
+        self.all_pieces = self._find_pieces()
+        check_pieces(self.all_pieces, self.n_subnets, self.subnet, backward)
+        self.pieces = [piece for piece in self.all_pieces if self.subnet in piece.holders]
+        self.pieces_in = defaultdict(list)                  # trained parameter -> its pieces, in order
+        for piece in self.pieces:
+            self.pieces_in[piece.local].append(piece)
 
-    def _find_runs(self):
-        """All runs of the full model in forward order, with their place in this process's module.
+    def _find_pieces(self):
+        """All pieces of the full model in forward order, with their place in this process's module.
 
-        A full parameter is in at most two parameters here: the trained one, and the one in `rest`.  Each run
-        takes the next `numel` numbers of one of them.
+        A full parameter is in at most two parameters here: the trained one, and the one in `rest`.  Each
+        piece takes the next `numel` numbers of one of them.
         """
         here = {(slot.name, slot.trains): local for local, slot in self.slots.items()}
-        # Views: what the optimizer writes into a run, it writes into the module
+        # Views: what the optimizer writes into a piece, it writes into the module
         memory = {local: flat(p.data, self.slots[local]) for local, p in self.params.items()}
         out = []
-        for name, holders, numel in runs_of(self.masks, self.layout):
+        for name, holders, numel in pieces_of(self.masks, self.layout):
             trains = self.subnet in holders
             local = here.get((name, trains))
             param = None                                    # forward masking: frozen neurons are not here
             if local is not None:
                 param = nn.Parameter(memory[local][:numel], requires_grad=trains)
-                memory[local] = memory[local][numel:]       # what comes behind this run
-            out.append(Run(name, holders, numel, local, param))
+                memory[local] = memory[local][numel:]       # what comes behind this piece
+            out.append(Piece(name, holders, numel, local, param))
         return out
 
     def forward(self, worker, *inputs):
@@ -438,7 +441,7 @@ class Worker:
         return len(holders) * self.world // self.n_subnets
 
     def _take_gradient(self, local):
-        """Moves the gradient of a parameter to its runs.
+        """Moves the gradient of a parameter to its pieces.
 
         No copy: autograd gives a gradient its parameter's strides, so it lies neuron by neuron too.  The
         parameter's own .grad is None after that, or the numbers would be there twice.
@@ -446,32 +449,33 @@ class Worker:
         p = self.params[local]
         if not p.requires_grad:
             raise RuntimeError(f"{local} was frozen after it was wrapped, and others wait for its gradient: "
-                               f"leave its runs out of the optimizer instead")
+                               f"leave its pieces out of the optimizer instead")
         grad = torch.zeros_like(p) if p.grad is None else p.grad  # None: it took no part in this loss
-        runs = self.runs_in[local]
-        for run, part in zip(runs, flat(grad, self.slots[local]).split([run.numel for run in runs])):
-            run.param.grad = part
+        pieces = self.pieces_in[local]
+        parts = flat(grad, self.slots[local]).split([piece.numel for piece in pieces])
+        for piece, part in zip(pieces, parts):
+            piece.param.grad = part
         p.grad = None
 
-    def part_of(self, full, run):
-        """What belongs into run.param, or into its optimizer state, of a full tensor."""
-        slot, runs = self.slots[run.local], self.runs_in[run.local]
-        parts = flat(cut(full, slot), slot).split([r.numel for r in runs])
-        return parts[runs.index(run)]
+    def part_of(self, full, piece):
+        """What belongs into piece.param, or into its optimizer state, of a full tensor."""
+        slot, pieces = self.slots[piece.local], self.pieces_in[piece.local]
+        parts = flat(cut(full, slot), slot).split([r.numel for r in pieces])
+        return parts[pieces.index(piece)]
 
     @torch.no_grad()
     def gather(self, tensors=None, under=""):
         """Yields (full name, full tensor), one at a time, for full names that begin with `under`.
 
-        tensors: one for each of self.runs, in its shape: optimizer states or gradients; default the
+        tensors: one for each of self.pieces, in its shape: optimizer states or gradients; default the
         weights.  Clone what you keep: some are views of this worker's memory.  Collective: all ranks must
         exhaust it.  Each holder pastes its rows, the others have zero bytes there.  All holders have the
         same bits, so the maximum over bytes is exactly those bits.
         """
-        tensors = tensors or [run.param for run in self.runs]
-        parts = defaultdict(list)                           # full name -> its runs' tensors
-        for run, tensor in zip(self.runs, tensors):
-            parts[run.name].append(tensor.detach())
+        tensors = tensors or [piece.param for piece in self.pieces]
+        parts = defaultdict(list)                           # full name -> its pieces' tensors
+        for piece, tensor in zip(self.pieces, tensors):
+            parts[piece.name].append(tensor.detach())
         trained = {slot.name: slot for slot in self.slots.values() if slot.trains}
         for name, (branch, dim, shape) in self.layout.items():
             if not name.startswith(under):
@@ -502,7 +506,7 @@ class Worker:
 class Bucket(NamedTuple):
     """Runs with the same holders.  Their gradients travel as one message."""
     holders: tuple
-    runs: list
+    pieces: list
     share: torch.Tensor             # 1/|H_j|, a tensor: torch.compile would make a program for each float
 
 
@@ -510,26 +514,26 @@ class MaskedAllReduce(Worker):
     """The method on real workers in its plain form: after the backward pass, one message for each holder set.
 
         sync = MaskedAllReduce(module, masks, layout)
-        optimizer = torch.optim.AdamW([run.param for run in sync.runs])    # views of the module's weights
+        optimizer = torch.optim.AdamW([piece.param for piece in sync.pieces])  # views of the module's weights
 
         loss.backward()
-        sync.finish()                                    # run.param.grad is now the average over the holders
+        sync.finish()                                # piece.param.grad is now the average over the holders
         sync.clip_grad_norm(1.0)
         optimizer.step()
         optimizer.zero_grad()
-        sync.refresh()                                  # backward masking: new weights for frozen neurons
+        sync.refresh()                               # backward masking: new weights for frozen neurons
 
     module: the subnetwork of this process, rank mod S.  As in DDP, all take the weights of the first worker
         that holds them, and the module must not be moved or converted later.
     backward: is it backward masking?
     timeout: a timedelta, for the process groups that are made here.
-    runs: what this worker trains.  sent_bytes: what it sends in one update.
+    pieces: what this worker trains.  sent_bytes: what it sends in one update.
 
     masks, layout and backward must be the same on every rank, or the ranks wait for ever.  The loss must be
     the mean over this worker's batch.  Parameters in no loss get zeros.  module.zero_grad() drops what a
     failed backward pass left.  Raises ValueError for what SDP would train wrongly.
 
-    The optimizer steps on runs (module.parameters() get no gradients).  They are 1-D, so it must treat each
+    The optimizer steps on pieces (module.parameters() get no gradients).  They are 1-D, so it must treat each
     number by itself, as SGD and Adam do and Adafactor does not.  Use float32 weights, with autocast for
     bfloat16.  Do not use torch.amp.GradScaler: it skips updates rank by rank, and the replicas part.  The
     norm that `clip_grad_norm` returns is the same on all ranks: skip optimizer.step() by that, but not
@@ -544,35 +548,35 @@ class MaskedAllReduce(Worker):
         self.wire_dtype = self.dtype                        # of gradients in messages
         # Collective: all ranks make all groups in one order, which is that of the messages too
         self.groups = {}                                    # holders -> ProcessGroup
-        for run in self.all_runs:
-            if run.holders not in self.groups:
-                workers = [rank for rank in range(self.world) if rank % self.n_subnets in run.holders]
+        for piece in self.all_pieces:
+            if piece.holders not in self.groups:
+                workers = [rank for rank in range(self.world) if rank % self.n_subnets in piece.holders]
                 whole = len(workers) == self.world
                 group = dist.group.WORLD if whole else dist.new_group(workers, timeout=timeout)
-                self.groups[run.holders] = group
+                self.groups[piece.holders] = group
         self.buckets = []
-        for holders, runs in self._plan_buckets():
+        for holders, pieces in self._plan_buckets():
             share = torch.tensor(1 / self.count_workers(holders), dtype=self.dtype, device=self.device)
-            self.buckets.append(Bucket(holders, runs, share))
+            self.buckets.append(Bucket(holders, pieces, share))
         self.shares = torch.stack([bucket.share for bucket in self.buckets]).double()
         self.squares = []                                   # sum of squares of each message that has arrived
         # It brings the weights that are frozen here.  Under forward masking there are none
-        self.refresher = Refresher(self, self.all_runs if backward else [])
+        self.refresher = Refresher(self, self.all_pieces if backward else [])
         self._stale = False                                 # finish() was called, and refresh() was not yet
         module.is_wrapped = True
-        for run in self.runs:
-            dist.broadcast(run.param.data, group=self.groups[run.holders], group_src=0)
+        for piece in self.pieces:
+            dist.broadcast(piece.param.data, group=self.groups[piece.holders], group_src=0)
         # Frozen copies get the first weights too.  (Not the subclass's refresh, which does not wait)
         MaskedAllReduce.refresh(self)
 
     @torch.no_grad()
     def finish(self):
-        """Makes every run's gradient the average over the workers that hold it, after the backward pass."""
+        """Makes every piece's gradient the average over the workers that hold it, after the backward pass."""
         self._begin_finish()
-        for local in self.runs_in:
+        for local in self.pieces_in:
             self._take_gradient(local)
         for bucket in self.buckets:                         # in one global order
-            message = torch.cat([run.param.grad for run in bucket.runs])
+            message = torch.cat([piece.param.grad for piece in bucket.pieces])
             message *= bucket.share                         # 1/|H_j| * g_ij
             dist.all_reduce(message, group=self.groups[bucket.holders])  # sum over i in H_j
             self._deal_out(bucket, message, torch.dot(message, message))
@@ -584,9 +588,9 @@ class MaskedAllReduce(Worker):
         self.squares = []
 
     def _deal_out(self, bucket, message, square):
-        """The message has the averages of a bucket's runs: from now on it is their gradients' memory."""
-        for run, part in zip(bucket.runs, message.split([run.numel for run in bucket.runs])):
-            run.param.grad = part
+        """The message has the averages of a bucket's pieces: from now on it is their gradients' memory."""
+        for piece, part in zip(bucket.pieces, message.split([piece.numel for piece in bucket.pieces])):
+            piece.param.grad = part
         self.squares.append(square)
 
     @torch.no_grad()
@@ -607,13 +611,13 @@ class MaskedAllReduce(Worker):
         dist.all_reduce(packet)
         packet[0].sqrt_()
         scale = (max_norm / (packet[0] + 1e-6)).clamp(max=1).to(self.dtype)
-        torch._foreach_mul_([run.param.grad for run in self.runs], scale)
+        torch._foreach_mul_([piece.param.grad for piece in self.pieces], scale)
         self.squares = []
         return packet
 
     @torch.no_grad()
     def refresh(self):
-        """Backward masking: brings new weights to those who run them frozen.  Forward masking: nothing."""
+        """Backward masking: brings new weights to those who have them frozen.  Forward masking: nothing."""
         self._stale = False
         self.squares = []                                   # they are of an old update now
         self.refresher.ask()
@@ -630,8 +634,8 @@ class MaskedAllReduce(Worker):
                 dist.destroy_process_group(group)
 
     def _plan_buckets(self):
-        """This worker's buckets, (holders, runs), in the global order: here one for each holder set."""
-        return [(holders, [run for run in self.runs if run.holders == holders])
+        """This worker's buckets, (holders, pieces), in the global order: here one for each holder set."""
+        return [(holders, [piece for piece in self.pieces if piece.holders == holders])
                 for holders in self.groups if self.subnet in holders]
 
     @property
@@ -647,14 +651,14 @@ class MaskedAllReduce(Worker):
             backward masking  2 (k-1)/S + (S-k)/S  =  (k+S-2)/S
             plain data parallelism  2 (S-1)/S
         """
-        reduced = sum(run.numel * (2 - 2 / self.count_workers(run.holders)) for run in self.runs)
+        reduced = sum(piece.numel * (2 - 2 / self.count_workers(piece.holders)) for piece in self.pieces)
         return reduced * self.wire_dtype.itemsize + self.refresher.sent * self.dtype.itemsize
 
 
 class SubnetDataParallel(MaskedAllReduce):
     """The same, but messages leave while the backward pass runs, and refreshes arrive in the next forward.
 
-    bucket_bytes: when the runs of some holder set have so many bytes, new buckets are begun.
+    bucket_bytes: when the pieces of some holder set have so many bytes, new buckets are begun.
     reduce_dtype: of the gradients in messages; torch.bfloat16 halves the bytes.  Replicas stay bit-identical.
     compile: torch.compile what is done with each message before and after it travels.
     """
@@ -670,15 +674,15 @@ class SubnetDataParallel(MaskedAllReduce):
         self._synchronise = True
         self._restart()
         self._hooks = [self.params[local].register_post_accumulate_grad_hook(partial(self._ready, local))
-                       for local in self.runs_in]
+                       for local in self.pieces_in]
         self._hooks += self.refresher.hook(self)
 
     def _plan_buckets(self):
-        """This worker's buckets, (holders, runs), in the order of sending.
+        """This worker's buckets, (holders, pieces), in the order of sending.
 
-        Go through the runs in forward order, with one open bucket for each holder set.  When one is full,
+        Go through the pieces in forward order, with one open bucket for each holder set.  When one is full,
         begin new ones of all sets: buckets leave in this order, and one that stayed open for many layers
-        would hold up all behind it.  The backward pass comes to the runs in the opposite order, so the list
+        would hold up all behind it.  The backward pass comes to the pieces in the opposite order, so the list
         is reversed.  The limit is a quarter at first: these buckets leave last, when little of the backward
         pass is left to hide them.
         """
@@ -686,17 +690,17 @@ class SubnetDataParallel(MaskedAllReduce):
         opened = {}
         filled = Counter()                                  # bytes in each open bucket
         limit = self.bucket_bytes / 4
-        for run in self.all_runs:
+        for piece in self.all_pieces:
             if filled and max(filled.values()) >= limit:
                 limit = min(2 * limit, self.bucket_bytes)
                 opened = {}
                 filled = Counter()
-            filled[run.holders] += run.numel * self.dtype.itemsize
-            if run.holders not in opened:
-                opened[run.holders] = []
-                buckets.append((run.holders, opened[run.holders]))
-            opened[run.holders].append(run)
-        return [(holders, runs) for holders, runs in reversed(buckets) if self.subnet in holders]
+            filled[piece.holders] += piece.numel * self.dtype.itemsize
+            if piece.holders not in opened:
+                opened[piece.holders] = []
+                buckets.append((piece.holders, opened[piece.holders]))
+            opened[piece.holders].append(piece)
+        return [(holders, pieces) for holders, pieces in reversed(buckets) if self.subnet in holders]
 
     def _restart(self):
         self.squares = []
@@ -724,14 +728,14 @@ class SubnetDataParallel(MaskedAllReduce):
         self._taken.add(local)
         self._take_gradient(local)
         for bucket in self.buckets[self._next:]:
-            if not all(run.local in self._taken for run in bucket.runs):
+            if not all(piece.local in self._taken for piece in bucket.pieces):
                 break
-            # A copy, even of one run: autograd may give a parameter a view of a gradient that has to flow on
-            packed = torch.cat([run.param.grad for run in bucket.runs])
+            # A copy, even of one piece: autograd may give a parameter a view of a gradient that flows on
+            packed = torch.cat([piece.param.grad for piece in bucket.pieces])
             message = self._pack(packed, bucket.share, self.wire_dtype)
             work = dist.all_reduce(message, group=self.groups[bucket.holders], async_op=True)
-            for run in bucket.runs:
-                run.param.grad = None                       # it is in the message: free its memory
+            for piece in bucket.pieces:
+                piece.param.grad = None                     # it is in the message: free its memory
             self._flying.append((work, message, bucket))
             self._next += 1
 
@@ -744,7 +748,7 @@ class SubnetDataParallel(MaskedAllReduce):
         self.refresher.check(used)                          # did a branch run with old weights?
         self.arrive()                                       # those of branches that did not run
         self._begin_finish()
-        for local in self.runs_in:
+        for local in self.pieces_in:
             if local not in self._taken:                    # no gradient came: zeros, as others wait for them
                 self._ready(local)
         flying = self._flying
@@ -774,14 +778,14 @@ class SubnetDataParallel(MaskedAllReduce):
 
         The ranks may have come to different points of it, and what one has sent, all others wait for.
         """
-        for local in self.runs_in:
+        for local in self.pieces_in:
             if local not in self._taken:
                 self._ready(local)
         for work, *_ in self._flying:
             work.wait()
         self._restart()
         self.refresh()
-        for p in [*self.params.values(), *(run.param for run in self.runs)]:
+        for p in [*self.params.values(), *(piece.param for piece in self.pieces)]:
             p.grad = None
 
     def close(self):
@@ -810,44 +814,44 @@ def unpack(message, dtype):
 class Exchange(NamedTuple):
     """One message of a refresh: an all-to-all, in which a worker sends to each other what that one lacks."""
     branches: set                   # it has weights of these
-    sends: list                     # for each rank a list of runs' weights, which this worker sends to it
-    gets: list                      # from each rank: frozen runs' weights
+    sends: list                     # for each rank a list of pieces' weights, which this worker sends to it
+    gets: list                      # from each rank: frozen pieces' weights
 
 
 class Refresher:
-    """Brings new weights from a holder to those who run them frozen, in messages as large as the buckets.
+    """Brings new weights to those who have them frozen, in messages as large as the buckets.
 
-    sync: the MaskedAllReduce it works for.  all_runs: of the full model; [] where nothing is frozen.
+    sync: the MaskedAllReduce it works for.  all_pieces: of the full model; [] where nothing is frozen.
     sent: how many numbers this worker sends in an update.
 
     Workers 0 to S-1 are a team, S to 2S-1 the next, and so on: each has all subnets, and refreshes itself.
     So on a host with S devices these weights never leave the host.
     """
 
-    def __init__(self, sync, all_runs):
+    def __init__(self, sync, all_pieces):
         team = sync.rank - sync.subnet                      # its first worker
         limit = sync.bucket_bytes / sync.dtype.itemsize     # numbers a worker
         load = Counter()                                    # numbers each subnet sends; averaging comes first
-        for run in all_runs:
-            for subnet in run.holders:
-                load[subnet] += run.numel * (2 - 2 / sync.count_workers(run.holders))
+        for piece in all_pieces:
+            for subnet in piece.holders:
+                load[subnet] += piece.numel * (2 - 2 / sync.count_workers(piece.holders))
         self.exchanges = []                                 # in forward order
-        for run, subnet in product(all_runs, range(sync.n_subnets)):
-            if subnet in run.holders:
+        for piece, subnet in product(all_pieces, range(sync.n_subnets)):
+            if subnet in piece.holders:
                 continue
             if not self.exchanges or size >= limit:
                 size = 0
                 sends = [[] for _ in range(sync.world)]
                 gets = [[] for _ in range(sync.world)]
                 self.exchanges.append(Exchange(set(), sends, gets))
-            size += run.numel / sync.n_subnets              # as one of S workers sends it
-            self.exchanges[-1].branches.add(sync.layout[run.name][0])
-            sender = min(run.holders, key=load.__getitem__)  # that with least to send so far
-            load[sender] += run.numel
+            size += piece.numel / sync.n_subnets            # as one of S workers sends it
+            self.exchanges[-1].branches.add(sync.layout[piece.name][0])
+            sender = min(piece.holders, key=load.__getitem__)  # that with least to send so far
+            load[sender] += piece.numel
             if sync.subnet == sender:
-                sends[team + subnet].append(run.param.data)
+                sends[team + subnet].append(piece.param.data)
             elif sync.subnet == subnet:
-                gets[team + sender].append(run.param.data)
+                gets[team + sender].append(piece.param.data)
         self.sent = sum(numels(chain(*exchange.sends)) for exchange in self.exchanges)
         self.nothing = torch.empty(0, dtype=sync.dtype, device=sync.device)
         self._coming = []                                   # exchanges under way
@@ -1132,17 +1136,17 @@ def check_module(module, masks, layout, subnet, found):
                          f"persistent=False, and batch norms with track_running_stats=False")
 
 
-def check_runs(all_runs, n_subnets, subnet, backward):
+def check_pieces(all_pieces, n_subnets, subnet, backward):
     """Raises ValueError if some subnet holds nothing, or the module was built for the other regime."""
-    if len(set(chain(*(run.holders for run in all_runs)))) < n_subnets:
+    if len(set(chain(*(piece.holders for piece in all_pieces)))) < n_subnets:
         raise ValueError("a subnet holds nothing at all: give it some neurons, or leave it out of the masks")
-    for run in all_runs:
-        if subnet not in run.holders:
-            if backward and run.param is None:
-                raise ValueError(f"backward masking: the module lacks the neurons of {run.name} that this "
+    for piece in all_pieces:
+        if subnet not in piece.holders:
+            if backward and piece.param is None:
+                raise ValueError(f"backward masking: the module lacks the neurons of {piece.name} that this "
                                  f"worker does not hold (`rest`)")
-            if not backward and run.param is not None:
-                raise ValueError(f"forward masking: the module has neurons of {run.name} that this worker "
+            if not backward and piece.param is not None:
+                raise ValueError(f"forward masking: the module has neurons of {piece.name} that this worker "
                                  f"does not hold (`rest`); they need backward=True")
 
 
@@ -1151,7 +1155,7 @@ def check_trains(module, places):
     for local, p in module.named_parameters():
         if places[local].trains and not p.requires_grad:
             raise ValueError(f"{local} has requires_grad=False, but this worker trains it: leave its "
-                             f"runs out of the optimizer instead")
+                             f"pieces out of the optimizer instead")
 
 
 def check_wrap(module, places):

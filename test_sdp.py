@@ -188,7 +188,7 @@ def gathered(sync, tensors=None):
 def train_steps(config, masks, backward, simulated=None, accum=1, batches=None, **options):
     """-> losses [STEPS, this process's workers], gradient norms [STEPS], full model at the end, bytes sent"""
     sync = make_sync(config, masks, backward, simulated, **options)
-    optimizer = optimizer_for(config, [run.param for run in sync.runs])
+    optimizer = optimizer_for(config, [piece.param for piece in sync.pieces])
     losses, norms = [], []
     for step in range(STEPS):
         losses.append(backward_pass(sync, config, step, accum, batches))
@@ -527,11 +527,11 @@ def test_masks_of_the_users_own_are_exact_too(config, masking):
 def _gradients(kind, masks, backward, options):
     """Averaged gradients of two updates, assembled to full size; bytes sent."""
     sync = make_sync(TINY, masks, backward, kind=kind, **options)
-    optimizer = torch.optim.SGD([run.param for run in sync.runs], lr=0.1)
+    optimizer = torch.optim.SGD([piece.param for piece in sync.pieces], lr=0.1)
     out = []
     for step in range(2):
         backward_pass(sync, TINY, step, accum=2)
-        out.append(gathered(sync, [run.param.grad for run in sync.runs]))
+        out.append(gathered(sync, [piece.param.grad for piece in sync.pieces]))
         optimizer.step()
         optimizer.zero_grad()
         sync.refresh()
@@ -571,7 +571,7 @@ def test_each_stage_has_the_gradients_of_the_one_before(level, masking):
     backward = masking == "backward"
     simulation = make_sync(TINY, masks, backward, simulated=4)
     backward_pass(simulation, TINY, 0, accum=2)
-    simulated = gathered(simulation, [run.param.grad for run in simulation.runs])
+    simulated = gathered(simulation, [piece.param.grad for piece in simulation.pieces])
     naive = run_on(4, _naive_gradients, masks, backward)[0]
     plain, sent = run_on(4, _gradients, sdp.MaskedAllReduce, masks, backward, {})[0]
     overlapped = [run_on(4, _gradients, sdp.SubnetDataParallel, masks, backward, {"bucket_bytes": nbytes})[0]
@@ -635,7 +635,7 @@ def _any_optimizer(masks, make, dtype):
     value = first_value(TINY)
     sdp.materialize(module, masks, layout, rank, lambda name: value(name).to(dtype))
     sync = sdp.SubnetDataParallel(module, masks, layout, True)
-    optimizer = make([run.param for run in sync.runs])
+    optimizer = make([piece.param for piece in sync.pieces])
     for step in range(3):
         backward_pass(sync, TINY, step)
         sync.clip_grad_norm(0.5)
@@ -647,7 +647,7 @@ def _any_optimizer(masks, make, dtype):
 
 
 def test_replicas_stay_identical_under_any_optimizer():
-    """Even under those whose kernels round by position, or which look at a whole tensor: all step on runs."""
+    """Even under those whose kernels round by position, or which look at a whole tensor: all step on pieces."""
     adam = functools.partial(torch.optim.AdamW, lr=1e-2, fused=True)
     adafactor = functools.partial(torch.optim.Adafactor, lr=1e-2)
     rmsprop = functools.partial(torch.optim.RMSprop, lr=1e-3)
@@ -751,7 +751,7 @@ def saved_bytes(module, loss_of, x, y):
 
 def _sizes(config, masks, backward):
     sync, loss_of = make_sync(config, masks, backward), family(config)[0].loss
-    optimizer = torch.optim.AdamW([run.param for run in sync.runs], lr=1e-3)
+    optimizer = torch.optim.AdamW([piece.param for piece in sync.pieces], lr=1e-3)
     x, y = batch_for(config)(0, 0, config)
     with SizesCreated() as created:
         loss_of(sync.forward(0, x), y).backward()
@@ -760,7 +760,7 @@ def _sizes(config, masks, backward):
         optimizer.step()
         sync.refresh()
     params = sum(p.numel() for p in sync.params.values())
-    grads = sum(run.param.grad.numel() for run in sync.runs)
+    grads = sum(piece.param.grad.numel() for piece in sync.pieces)
     assert all(p.grad is None for p in sync.params.values())
     state = sum(v.numel() for s in optimizer.state.values() for v in s.values() if v.dim())
     optimizer.zero_grad()
@@ -849,8 +849,8 @@ def replay(masks, backward, rank, workers, bucket_bytes, monkeypatch, config=TIN
                     full = llama.Llama(config)
                 list(sdp.stream(sync, full, [tokens_for(0, rank, config)[0]]))
             if update != 1:                                 # as a skipped update: nothing is stepped on
-                for run in sync.runs:
-                    run.param.grad = None
+                for piece in sync.pieces:
+                    piece.param.grad = None
             sync.refresh()
         return calls, sync, len(groups)
 
@@ -923,11 +923,11 @@ def test_buckets_are_full_and_the_last_ones_short(level, monkeypatch):
     _, sync, _ = replay(masks, False, 0, 4, full, monkeypatch, config)
     sizes = {}
     for bucket in sync.buckets:
-        nbytes = 4 * sum(run.numel for run in bucket.runs)
+        nbytes = 4 * sum(piece.numel for piece in bucket.pieces)
         sizes.setdefault(bucket.holders, []).append(nbytes)
     assert max(max(s) for s in sizes.values()) >= full
     last = [bucket for bucket in sync.buckets if len(bucket.holders) < 4][-1]
-    assert 4 * sum(run.numel for run in last.runs) <= full / 4 + largest     # hidden by nothing
+    assert 4 * sum(piece.numel for piece in last.pieces) <= full / 4 + largest     # hidden by nothing
     for holders, s in sizes.items():
         if len(holders) < 4:
             assert max(s) < full + largest and s[-1] <= full / 2 + largest
@@ -950,10 +950,10 @@ def test_messages_leave_while_backward_still_runs_and_gradients_live_in_them(mon
         assert complete == sorted(complete) and complete[0] < len(sync.params) / 2
         count = len(complete)
         assert count == len(sync.buckets)
-        assert all(p.grad is None for p in [*sync.params.values(), *(run.param for run in sync.runs)])
+        assert all(p.grad is None for p in [*sync.params.values(), *(piece.param for piece in sync.pieces)])
         sync.finish()
         assert len(complete) == count                       # every bucket left during backward
-        grads = [run.param.grad for run in sync.runs]       # and the gradients lie in the messages
+        grads = [piece.param.grad for piece in sync.pieces]       # and the gradients lie in the messages
         assert len({g.untyped_storage().data_ptr() for g in grads}) == count
         with sync.no_sync():
             llama.loss(sync.forward(0, x), y).backward()

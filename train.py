@@ -59,17 +59,17 @@ FLAGS = ("parallel", "masking", "level", "coverage", "subnets", "steps", "flop_m
          "seq_len", "grad_accum", "lr", "dtype", "reduce_dtype")       # --resume says which of them changed
 
 
-def adamw(runs, layout, lr):
+def adamw(pieces, layout, lr):
     """The usual recipe for text.  Of the full model's parameters the matrices decay, the norms do not."""
-    matrices = [run.param for run in runs if len(layout[run.name][2]) > 1]
-    vectors = [run.param for run in runs if len(layout[run.name][2]) <= 1]
+    matrices = [piece.param for piece in pieces if len(layout[piece.name][2]) > 1]
+    vectors = [piece.param for piece in pieces if len(layout[piece.name][2]) <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-def momentum(runs, layout, lr):
+def momentum(pieces, layout, lr):
     """The usual recipe for CIFAR, as in arXiv 1708.04552, section 4.1."""
-    params = [run.param for run in runs]
+    params = [piece.param for piece in pieces]
     return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
@@ -367,13 +367,13 @@ def build(design, device, checkpoint):
         modules = [design.model(subnet) for subnet in range(design.n_subnets)]
         workers = design.args.subnets                                # for DDP too, where S is 1
         sync = sdp.Simulation(modules, design.masks, design.layout, value, workers, device)
-    optimizer = design.family.optimizer(sync.runs, design.layout, design.args.lr)
+    optimizer = design.family.optimizer(sync.pieces, design.layout, design.args.lr)
     if not checkpoint:
         return sync, optimizer
-    for run in sync.runs:
-        for key, x in checkpoint["optimizer"][run.name].items():
-            part = sync.part_of(x, run) if torch.is_tensor(x) else torch.tensor(float(x))
-            optimizer.state[run.param][key] = part.to(sync.device, copy=True)
+    for piece in sync.pieces:
+        for key, x in checkpoint["optimizer"][piece.name].items():
+            part = sync.part_of(x, piece) if torch.is_tensor(x) else torch.tensor(float(x))
+            optimizer.state[piece.param][key] = part.to(sync.device, copy=True)
     return sync, optimizer
 
 
@@ -389,8 +389,8 @@ class DataParallel:
     """torch's DistributedDataParallel with the interface of sdp.SubnetDataParallel, to compare with."""
 
     def __init__(self, module, wire=None):
-        self.runs = [sdp.Run(name, (0,), p.numel(), name, p) for name, p in module.named_parameters()]
-        self.params = [run.param for run in self.runs]
+        self.pieces = [sdp.Piece(name, (0,), p.numel(), name, p) for name, p in module.named_parameters()]
+        self.params = [piece.param for piece in self.pieces]
         self.device = self.params[0].device
         self.workers, self.world = [dist.get_rank()], dist.get_world_size()
         self.module = DistributedDataParallel(module, gradient_as_bucket_view=True, init_sync=False)
@@ -419,13 +419,13 @@ class DataParallel:
         dist.all_reduce(packet)
         return packet
 
-    def part_of(self, full, run):
+    def part_of(self, full, piece):
         return full
 
     def gather(self, tensors=None, under=""):
-        for run, tensor in zip(self.runs, tensors or self.params):
-            if run.name.startswith(under):
-                yield run.name, tensor.detach()
+        for piece, tensor in zip(self.pieces, tensors or self.params):
+            if piece.name.startswith(under):
+                yield piece.name, tensor.detach()
 
 
 # -- What is said of a run before it begins --------------------------------------------------------
@@ -623,8 +623,9 @@ def save_checkpoint(out_dir, facts, sync, optimizer, moments, updates, statistic
 
     model = full()
     state = {name: {"step": updates} for name in model}
+    params = [piece.param for piece in sync.pieces]
     for key in moments:
-        parts = [optimizer.state[run.param].get(key, torch.zeros_like(run.param)) for run in sync.runs]
+        parts = [optimizer.state[p].get(key, torch.zeros_like(p)) for p in params]
         for name, moment in full(parts).items():
             state[name][key] = moment
     model.update({name: b.cpu() for name, b in statistics.items()})

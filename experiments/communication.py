@@ -49,7 +49,8 @@ def messages_of(config, masks, n_subnets):
             module = llama.Llama(config, sdp.held_counts(masks, rank))
         sync = sdp.SubnetDataParallel(module, masks, layout)
         dist.destroy_process_group()
-        found[rank] = [(bucket.holders, 4 * sum(run.numel for run in bucket.runs)) for bucket in sync.buckets]
+        found[rank] = [(bucket.holders, 4 * sdp.numels(piece.param for piece in bucket.pieces))
+                       for bucket in sync.buckets]
     merged = []                                             # all messages; each rank's keep their order
     while any(found.values()):
         for messages in found.values():

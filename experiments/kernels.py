@@ -92,7 +92,7 @@ def measure(variant, config, masks, make_module):
             for local, slot in sdp.slots(module, masks, layout, 0).items():
                 module.get_parameter(local).requires_grad_(slot.trains)
             sync = sdp.SubnetDataParallel(module, masks, layout, backward="backward" in variant)
-        params = [run.param for run in sync.runs] if sync else list(module.parameters())
+        params = [piece.param for piece in sync.pieces] if sync else list(module.parameters())
         optimizer = torch.optim.AdamW(params, fused=True)
         tokens = torch.zeros(1, 16, dtype=torch.int64)
         for p in params:

@@ -324,7 +324,7 @@ def train_sdp(steps, masks, backward, one_batch=False):
     else:
         modules = [build(subnet) for subnet in range(n_subnets)]
         sync = sdp.Simulation(modules, masks, layout(), value)
-    optimizer = torch.optim.AdamW([run.param for run in sync.runs], lr=1e-3, weight_decay=0)
+    optimizer = torch.optim.AdamW([piece.param for piece in sync.pieces], lr=1e-3, weight_decay=0)
     losses = []
     for step in range(steps):
         mine = 0.0

@@ -113,7 +113,7 @@ class Sharded:
         for module in self.behind:
             module.set_reshard_after_backward(False, recurse=False)
         fully_shard(model, mesh=mesh, mp_policy=policy)
-        self.runs = [sdp.Run(name, (0,), p.numel(), name, p) for name, p in model.named_parameters()]
+        self.pieces = [sdp.Piece(name, (0,), p.numel(), name, p) for name, p in model.named_parameters()]
 
     def forward(self, worker, *inputs):
         return self.module(*inputs)
@@ -249,7 +249,7 @@ def wrap(design, module):
         sync.module.register_comm_hook(None, hook)
     else:
         sync = design.wrap(module)
-    optimizer = design.family.optimizer(sync.runs, design.layout, args.lr)
+    optimizer = design.family.optimizer(sync.pieces, design.layout, args.lr)
     if args.zero1:
         # torch's own: after its step each rank broadcasts the weights whose state it has
         groups = [dict(group) for group in optimizer.param_groups]
@@ -299,8 +299,8 @@ def first_update(design, module, dataset, fake=nullcontext()):
     autocast = autocast_of(design, device)
     with fake, tracker:
         sync, optimizer = wrap(design, module)
-        for run in sync.runs:
-            run.param.grad = torch.zeros_like(run.param)
+        for piece in sync.pieces:
+            piece.param.grad = torch.zeros_like(piece.param)
         optimizer.step()                                             # it makes its state in its first step
         optimizer.zero_grad()
         # Now the tracker learns which tensors are what, and what is left is DDP's buckets

@@ -248,7 +248,7 @@ parts = []
 
 def remember():
     for moment in "exp_avg", "exp_avg_sq":
-        states = [optimizer.state[run.param][moment] for run in sync.runs]
+        states = [optimizer.state[piece.param][moment] for piece in sync.pieces]
         parts.append({n: t.clone() for n, t in sync.gather(states)})
     parts.append({n: t.clone() for n, t in sync.gather()})
 
@@ -262,7 +262,7 @@ def same():
 """
 LAST_CHECKS = """
 assert not any(torch.equal(sync.masks[b], wire.masks[b]) for b in branches)
-assert optimizer.state[sync.runs[0].param]["step"] == 15
+assert optimizer.state[sync.pieces[0].param]["step"] == 15
 for branch, mask in wire.masks.items():
     assert mask.float().mean() == (1 if branch.endswith("attn") else 0.5)
 """

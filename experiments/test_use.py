@@ -62,7 +62,7 @@ def test_the_loss_in_chunks_is_the_loss_in_one(monkeypatch, level):
             loss.backward()
             losses.append(loss.item())
         sync.finish()
-        return losses, gathered(sync, [run.param.grad for run in sync.runs])
+        return losses, gathered(sync, [piece.param.grad for piece in sync.pieces])
 
     losses, gradients = update()
     monkeypatch.setattr(llama, "MAX_LOGITS", 4 * TINY.vocab_size)    # four tokens at a time
@@ -159,7 +159,7 @@ def test_tied_parameters_work_if_they_are_shared_and_are_refused_in_a_branch():
         net(torch.ones(2, 4)).sum().backward()
         assert net.embed.weight.grad is None                # it left with its bucket, once
         sync.finish()
-        assert len([run for run in sync.runs if run.name == "embed.weight"]) == 1
+        assert len([piece for piece in sync.pieces if piece.name == "embed.weight"]) == 1
         albert = nn.Module()
         albert.a, albert.b = Branch(3), Branch(3)
         albert.b.up.weight = albert.a.up.weight
@@ -242,8 +242,8 @@ def _starts_that_differ(backward):
 def _saved_and_loaded_while_a_refresh_is_under_way():
     sync = make_sync(TINY, masks_for(TINY, 4, 3, "neuron"), True)
     old = {name: t.clone() for name, t in sync.module.state_dict().items()}
-    for run in sync.runs:
-        run.param.data.add_(1)
+    for piece in sync.pieces:
+        piece.param.data.add_(1)
     sync.refresh()
     saved = sync.module.state_dict()
     assert all(torch.equal(t, old[name] + 1) for name, t in saved.items())
@@ -268,7 +268,7 @@ def test_a_wrapped_module_can_be_copied_under_forward_masking():
 def _under_way_in_each_layer_and_without_some(masks):
     """Refreshes under way when each layer begins; then updates without the last layers, and without data."""
     sync, rank = make_sync(TINY, masks, True, bucket_bytes=1), dist.get_rank()
-    optimizer = torch.optim.SGD([run.param for run in sync.runs], lr=0.1)
+    optimizer = torch.optim.SGD([piece.param for piece in sync.pieces], lr=0.1)
     layers = sync.module.model.layers
     counts = []
     for layer in layers:
@@ -310,8 +310,8 @@ def test_whatever_the_memory_format_runs_are_in_the_memory_of_the_module():
         net.to(memory_format=torch.channels_last)
         with alone(world=4):
             sync = sdp.SubnetDataParallel(net, masks, resnet.layout(TINY_RESNET), backward)
-        for run in sync.runs:
-            run.param.data.fill_(7)
+        for piece in sync.pieces:
+            piece.param.data.fill_(7)
         trained = [p for p in net.parameters() if p.requires_grad]
         assert trained and all((p == 7).all() for p in trained)
 
@@ -352,7 +352,7 @@ def _an_update_that_fails():
             sync.reset()
         net(x).sum().backward()
         sync.finish()
-        grads.append(gathered(sync, [run.param.grad for run in sync.runs]))
+        grads.append(gathered(sync, [piece.param.grad for piece in sync.pieces]))
         sync.reset()
     [net.head, net.embed][rank].register_forward_hook(fail)
     with pytest.raises(ArithmeticError):
@@ -379,7 +379,7 @@ def _gradient_below_a_view(kind, options):
     sync = kind(Added(), masks, layout, **options)
     sync.module(torch.randn(1, 3, 4)).square().sum().backward()
     sync.finish()
-    return gathered(sync, [run.param.grad for run in sync.runs])
+    return gathered(sync, [piece.param.grad for piece in sync.pieces])
 
 
 def test_the_gradients_memory_may_be_shared_with_one_that_is_still_to_flow_on():
@@ -410,10 +410,10 @@ def _gathered_states():
     rank = dist.get_rank()
     net = sdp.materialize(Net(int(NET_MASKS["inside"][:, rank].sum())), NET_MASKS, NET, rank, net_value)
     sync = sdp.MaskedAllReduce(net, NET_MASKS, NET)
-    full = gathered(sync, [torch.full_like(run.param, 7, dtype=torch.float64) for run in sync.runs])
-    for run in sync.runs:                                   # cut is the way back
-        sevens = torch.full_like(run.param, 7, dtype=torch.float64)
-        assert torch.equal(sync.part_of(full[run.name], run), sevens)
+    full = gathered(sync, [torch.full_like(piece.param, 7, dtype=torch.float64) for piece in sync.pieces])
+    for piece in sync.pieces:                                   # cut is the way back
+        sevens = torch.full_like(piece.param, 7, dtype=torch.float64)
+        assert torch.equal(sync.part_of(full[piece.name], piece), sevens)
     return full
 
 
@@ -465,7 +465,7 @@ def _own_mlp(held, masks):
     net.zero_grad()                                         # plain zero_grad between backward and backward
     net(x).square().mean().backward()
     sync.finish()
-    full = gathered(sync, [run.param.grad for run in sync.runs])
+    full = gathered(sync, [piece.param.grad for piece in sync.pieces])
     # The formula, with full-size tensors and nothing from sdp
     mine = masks["inside"][:, rank]
     w = {n: value(n).requires_grad_() for n in layout}
@@ -506,7 +506,7 @@ def _block_that_is_never_called(masks, arrive):
         net = Net(int(masks["inside"][:, rank].sum()))
     sdp.materialize(net, masks, layout, rank, sdp.fresh(layout, lambda name, t, g: t.normal_(generator=g), 0))
     sync = sdp.SubnetDataParallel(net, masks, layout, backward=True)
-    optimizer = torch.optim.SGD([run.param for run in sync.runs], lr=0.1)
+    optimizer = torch.optim.SGD([piece.param for piece in sync.pieces], lr=0.1)
     for step in range(2):
         if arrive:
             sync.arrive()
