@@ -189,38 +189,39 @@ def train(args, device):
     dataset, config = load_data(args)
     design = Design(args, config)
     full = design.full_model()
-    start, updates = check_checkpoint(checkpoint, design, full, dataset) if checkpoint else (0, 0)
+    first, updates = check_checkpoint(checkpoint, design, full, dataset) if checkpoint else (0, 0)
     agree(basis(design, dataset, checkpoint))                        # all ranks must start alike
-    first_rank_first(claim_out_dir, args)                            # rank 0 alone; its error ends all
+    on_rank_0(claim_out_dir, args)
     describe(design, dataset, saved, device)
     batch = dataset.batch("train", 0, 0, 1)                          # for its shape
     flops, full_flops = measure_workers(design, full, batch)         # of one micro-step
     steps = round(args.steps * full_flops / flops) if args.flop_match else args.steps
-    if start >= min(steps, args.until or steps):
-        say(f"nothing to do: the checkpoint in {out_dir} is of step {start} of {steps}")
+    if first >= min(steps, args.until or steps):
+        say(f"nothing to do: the checkpoint in {out_dir} is of step {first} of {steps}")
         return
 
     # This process's worker (without torchrun all of them), and the optimizer of what it trains
     sync, optimizer = build(design, device, checkpoint)
-    first_rank_first(begin_metrics, args, start)                     # not before, as building can fail
+    on_rank_0(begin_metrics, args, first)                            # not before, as building can fail
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     flops_done = saved.get("flops", 0)
     lost = 0                                                         # updates skipped in a row
-    started = time.perf_counter()
+    run_began = time.perf_counter()
     watch_signals()
 
-    for step in range(start, steps):
-        began = time.perf_counter()
-        now, is_last = step + 1, step + 1 == steps
+    for step in range(first, steps):
+        step_began = time.perf_counter()
+        done = step + 1
+        is_last = done == steps
         lr = learning_rate(step, steps, args.lr, design.family.last_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = accumulate(sync, dataset, step, args.grad_accum, autocast)
-        # One message adds up over the workers: the loss, which becomes a mean, and the wish to stop, of those
-        # whom a signal has reached.  It also brings the norm
+        # clip_grad_norm also adds up two numbers over the workers, in the same message: the loss, which becomes
+        # their mean, and how many of them a signal has told to stop
         message = sync.clip_grad_norm(design.family.max_norm, loss / sync.world, float(STOP))
         norm, loss, stops = message.tolist()
-        stops = stops or now == args.until
+        stops = stops or done == args.until
         if math.isfinite(norm) and math.isfinite(loss):              # alike on all ranks
             optimizer.step()
             updates += 1
@@ -228,38 +229,39 @@ def train(args, device):
         else:
             lost += 1
         if lost == 10:                                               # a dead model must not be saved
-            raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {now}: "
+            raise UserError(f"loss or gradient was not finite in ten updates in a row, up to step {done}: "
                             f"go on from the last checkpoint with --resume and a smaller --lr")
         optimizer.zero_grad()
         sync.refresh()                                               # backward masking: new frozen weights
         flops_done += flops * args.grad_accum
-        ms = (time.perf_counter() - began) * 1000
+        ms = (time.perf_counter() - step_began) * 1000
 
-        evaluates = is_last or (now % args.eval_every == 0 and not stops)  # who stops us may not wait so long
-        saves = is_last or stops or now % args.save_every == 0
+        # Who stops us may not wait so long as an evaluation takes
+        evaluates = is_last or (done % args.eval_every == 0 and not stops)
+        saves = is_last or stops or done % args.save_every == 0
         if evaluates or saves:
             statistics = estimate_statistics(sync, full, dataset, autocast)
-        if evaluates or now % args.log_every == 0:
+        if evaluates or done % args.log_every == 0:
             speed = sync.world * args.grad_accum * batch[1].numel() / ms * 1000
             sent_bytes, peak = largest_of_ranks(sync)
-            line = {"step": now, "loss": loss, "lr": lr, "grad_norm": norm, "step_ms": ms,
+            line = {"step": done, "loss": loss, "lr": lr, "grad_norm": norm, "step_ms": ms,
                     f"{dataset.unit}_per_s": speed, "sent_bytes": sent_bytes, "peak_mem_bytes": peak,
-                    "flops": flops_done, "skipped": now - updates}
-            left = (time.perf_counter() - started) / (now - start) * (steps - now)
-            text = (f"step {now:5}/{steps}  loss {loss:.4f}  {ms:6.0f} ms/step  "
+                    "flops": flops_done, "skipped": done - updates}
+            left = (time.perf_counter() - run_began) / (done - first) * (steps - done)
+            text = (f"step {done:5}/{steps}  loss {loss:.4f}  {ms:6.0f} ms/step  "
                     f"{speed:8.0f} {dataset.unit}/s  {left / 60:5.1f} min left")
             if evaluates:
                 line |= evaluate(sync, full, dataset, design.family.module.loss, autocast)
                 text += (f"\n{'':18}full model: validation loss {line['val_loss']:.4f} nats, "
                          f"accuracy {line['val_acc']:.2%}")
-            first_rank_first(report, text, out_dir / "metrics.jsonl", line)
+            on_rank_0(report, text, out_dir / "metrics.jsonl", line)
         if saves:
             config = {**vars(args), **asdict(design.config), "data_digest": dataset.digest,
                       "flops": flops_done}
-            facts = {"step": now, "config": config, "masks": design.masks}
+            facts = {"step": done, "config": config, "masks": design.masks}
             save_checkpoint(out_dir, facts, sync, optimizer, design.family.moments, updates, statistics)
         if stops and not is_last:
-            say(f"told to stop: saved after step {now}; --resume goes on from there")
+            say(f"told to stop: saved after step {done}; --resume goes on from there")
             return
 
 
@@ -293,7 +295,7 @@ def learning_rate(step, steps, peak, last):
 def load_data(args):
     """-> the data set, and the model's sizes made to fit it."""
     if args.data in ("cifar10", "cifar100"):
-        first_rank_first(data.cifar, args.data, True)                # fetches it, where it is not there yet
+        on_rank_0(data.cifar, args.data, True)                       # fetches it, where it is not there yet
     dataset = data.load(args.data, args.batch_size, args.seq_len, args.seed)
     family = FAMILIES[args.model]
     return dataset, replace(family.module.PRESETS[args.model], **{family.size: getattr(dataset, family.size)})
@@ -629,7 +631,7 @@ def save_checkpoint(out_dir, facts, sync, optimizer, moments, updates, statistic
         for name, moment in full(parts).items():
             state[name][key] = moment
     model.update({name: b.cpu() for name, b in statistics.items()})
-    first_rank_first(write_checkpoint, {"model": model, "optimizer": state, **facts}, out_dir / "ckpt.pt")
+    on_rank_0(write_checkpoint, {"model": model, "optimizer": state, **facts}, out_dir / "ckpt.pt")
 
 
 def write_checkpoint(checkpoint, path):
@@ -798,7 +800,7 @@ def agree(mine):
                 raise UserError(f"rank {rank} was started with another {name} than rank 0")
 
 
-def first_rank_first(work, *arguments):
+def on_rank_0(work, *arguments):
     """Calls work on rank 0 alone, while the others wait without a limit.  Its error is everybody's."""
     error = None
     if RANK == 0:
