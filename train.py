@@ -217,8 +217,8 @@ def train(args, device):
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = accumulate(sync, dataset, step, args.grad_accum, autocast)
-        # clip_grad_norm also adds up two numbers over the workers, in the same message: the loss, which becomes
-        # their mean, and how many of them a signal has told to stop
+        # clip_grad_norm also adds up two numbers over the workers, in the same message: the loss, which
+        # becomes their mean, and how many of them a signal has told to stop
         message = sync.clip_grad_norm(design.family.max_norm, loss / sync.world, float(STOP))
         norm, loss, stops = message.tolist()
         stops = stops or done == args.until
