@@ -112,7 +112,8 @@ def branch_scales(masks, subnet):
     A neuron with h holders is in h of the S subnetworks.  Times S/h, the mean over all subnetworks is the
     full model's branch, for one input.  Dropout and stochastic depth (arXiv 1603.09382) scale for the same
     reason.  A branch has one factor: the mean of S/h over its neurons held here, so this is exact where they
-    all have equally many holders.  It multiplies the sum over the neurons, not a bias added to the sum.
+    all have equally many holders.  It multiplies the sum over the neurons, not a bias added to the sum.  It
+    multiplies their gradients too, which Adam does not notice, as it divides them by their size.
     """
     scales = {}
     for branch, mask in masks.items():
