@@ -36,7 +36,7 @@ GPT2 = 50257                                               # size of GPT-2's voc
 MOST_TOKENS = 2**31 - 1                                    # of one shard: its header counts with an int32
 FOLDER = Path("datasets")                                  # where fetched and tokenised files go
 VAL_SEQUENCES = 256                                        # validation reads so many, always the same ones
-PIECE = 2**20                                              # files are read and written in pieces of this size
+PIECE = 2**20                                              # text is read in pieces of this size
 MOST_BYTES = 250_000_000                                   # of one fetched shard; FineWeb's have 200 MB
 
 
@@ -55,27 +55,23 @@ def fingerprint(arrays):
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.shape} ".encode())
-        for i in range(0, len(array), PIECE):
-            digest.update(array[i:i + PIECE].tobytes())
+        digest.update(array.reshape(-1))
     return digest.hexdigest()
 
 
 # Tokens --------------------------------------------------------------------------------------------------
 
 def write_bin(path, tokens, vocab_size):
-    """Writes `tokens` (integers below 65536, anything that can be sliced) as a .bin shard."""
+    """Writes `tokens` (an array or list of integers below 65536) as a .bin shard."""
     header = np.zeros(256, np.int32)
     header[:4] = MAGIC, VERSION, len(tokens), 0 if vocab_size == GPT2 else vocab_size
     with open(path, "wb") as f:
-        f.write(header.tobytes())
-        for i in range(0, len(tokens), PIECE):
-            f.write(np.asarray(tokens[i:i + PIECE], np.uint16).tobytes())
+        f.write(header)
+        f.write(np.asarray(tokens, np.uint16))
 
 
 def read_bin(path):
     """-> (tokens: uint16 [count], mapped into memory; vocabulary size).  Raises UserError for other files."""
-    if Path(path).is_fifo():                               # to open it would wait for ever
-        raise UserError(f"{path} is a pipe: write it to a file first")
     header = np.fromfile(path, np.int32, 256)
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION or not 0 <= header[3] <= 65536:
         raise UserError(f"{path} is not a token shard: make one with  python data.py text")
@@ -83,9 +79,8 @@ def read_bin(path):
     if size != wanted or size == HEADER:
         raise UserError(f"{path} should have {wanted} bytes but has {size}: fetch it again")
     tokens, vocab_size = np.memmap(path, np.uint16, "r", HEADER), int(header[3]) or GPT2
-    largest = max(int(tokens[i:i + PIECE].max()) for i in range(0, len(tokens), PIECE))
-    if largest >= vocab_size:
-        raise UserError(f"{path} has token {largest}, but its vocabulary is {vocab_size}: tokenise it again")
+    if tokens.max() >= vocab_size:
+        raise UserError(f"{path} has token {tokens.max()}, but its vocabulary is {vocab_size}: tokenise it again")
     return tokens, vocab_size
 
 
@@ -95,11 +90,10 @@ class Tokens:
     unit = "tokens"
 
     def __init__(self, splits, vocab_size, batch_size, seq_len, seed, validation=""):
-        for split, need in ("train", batch_size * seq_len + 1), ("val", seq_len + 1):
-            have = min(map(len, splits[split]))
-            if have < need:
-                raise UserError(f"the {split} data has {have} tokens, too short for one batch, which needs "
-                                f"{need}: use a smaller --batch-size or --seq-len, or more text")
+        shortest = min(map(len, splits["train"] + splits["val"]))
+        if shortest <= seq_len:
+            raise UserError(f"a part of the data has {shortest} tokens, too short for one sequence: use a "
+                            f"smaller --seq-len, or more text")
         self.splits, self.vocab_size, self.validation = splits, vocab_size, validation
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
         self.val_count = min(VAL_SEQUENCES, (len(splits["val"][0]) - 1) // seq_len)      # sequences
@@ -146,18 +140,20 @@ def load_text(name, batch_size, seq_len, seed):
         raise UserError(f"no FineWeb shards in {FOLDER}: fetch some with  python data.py fineweb --shards 1")
     if paths[0].suffix != ".bin":
         raise UserError(f"unknown --data {name}: use stdlib, fineweb, a .bin token file, {', '.join(IMAGES)}")
-    before, train, after = paths[0].name.rpartition("train")
-    pattern = re.escape(f"{before}val") + re.sub(r"\d+", r"\\d+", re.escape(after))      # any number will do
-    beside = [p for p in sorted(paths[0].parent.glob("*.bin")) if train and re.fullmatch(pattern, p.name)]
-    shards, vocab_sizes = zip(*[read_bin(path) for path in paths + beside[:1]])
+    shards = [read_bin(path) for path in paths]
+    before, word, after = paths[0].name.rpartition("train")
+    beside = paths[0].with_name(f"{before}val" + re.sub(r"\d", "0", after))     # its number, if any, is 0
+    if word and beside.exists():
+        shards.append(read_bin(beside))
+        validation = str(beside)
+    else:
+        tokens, vocab_size = shards.pop()
+        edge = len(tokens) * 9 // 10
+        shards += [(tokens[:edge], vocab_size), (tokens[edge:], vocab_size)]
+        validation = f"the last tenth of {paths[-1]}"
+    (*train, val), vocab_sizes = zip(*shards)
     if len(set(vocab_sizes)) > 1:
         raise UserError(f"the shards of {name} have different vocabularies: {sorted(set(vocab_sizes))}")
-    *train, val = shards
-    validation = str(beside[0]) if beside else f"the last tenth of {paths[-1]}"
-    if not beside:
-        edge = len(val) * 9 // 10
-        train.append(val[:edge])
-        val = val[edge:]
     return Tokens({"train": train, "val": [val]}, vocab_sizes[0], batch_size, seq_len, seed, validation)
 
 
@@ -195,10 +191,10 @@ class Images:
         if split == "val":
             which = place[place < len(labels)]
         else:
-            epoch = place // len(labels)
-            seeds = [seeded(self.seed, "epoch", e) for e in epoch.unique().tolist()]
-            orders = torch.stack([torch.randperm(len(labels), generator=rng) for rng in seeds])
-            which = orders[epoch - epoch[0], place % len(labels)]
+            epochs = (place // len(labels)).unique().tolist()
+            seeds = [seeded(self.seed, "epoch", epoch) for epoch in epochs]
+            order = torch.cat([torch.randperm(len(labels), generator=rng) for rng in seeds])
+            which = order[place - epochs[0] * len(labels)]
         x = images[which]
         if split == "train":
             x = shift_and_mirror(x, seeded(self.seed, "augment", step, worker, workers))
@@ -292,11 +288,10 @@ def fetch(url, path):
     part = Path(f"{path}.part")
     for pause in 0.5, 1, 2, 4, 0:
         try:
-            with urllib.request.urlopen(url, timeout=60) as reply, open(part, "wb") as f:
+            with urllib.request.urlopen(url, timeout=60) as reply:
                 if not reply.url.startswith(("https://", "http://localhost:", "http://127.0.0.1:")):
                     raise UserError(f"{reply.url} is not safe: only what comes over https is taken")
-                while f.tell() < MOST_BYTES and (chunk := reply.read(PIECE)):
-                    f.write(chunk)
+                part.write_bytes(reply.read(MOST_BYTES))
                 if reply.length:                           # less came than announced
                     raise ConnectionError("the transfer broke off")
             break
@@ -365,7 +360,7 @@ def tokenise(files, out, vocab_size):
         with open(everything, "wb") as f:
             for file in files:
                 for tokens in tokens_of(file, vocab_size):
-                    f.write(tokens.astype(np.uint16).tobytes())
+                    f.write(tokens.astype(np.uint16))
             count = f.tell() // 2
         if not 10 <= count <= MOST_TOKENS:
             raise UserError(f"{count} tokens: one shard has 10 to {MOST_TOKENS}, give more or fewer files")

@@ -82,7 +82,7 @@ BAD_SHARDS = [  # header, number of tokens, a token
 def test_bad_shards_are_one_clear_line(tmp_path, header, count, token):
     header = np.array(header + [0] * (256 - len(header)), "<i4")
     (tmp_path / "text.bin").write_bytes(header.tobytes() + np.full(count, token, "<u2").tobytes())
-    with pytest.raises(data.UserError, match="text.bin|too short for one batch") as caught:
+    with pytest.raises(data.UserError, match="text.bin|too short for one sequence") as caught:
         data.load(str(tmp_path / "text.bin"), 8, 64, 0)
     assert "\n" not in str(caught.value)
 
@@ -135,8 +135,8 @@ def test_training_windows_cover_all_shards_evenly():
     starts = torch.cat([dataset.batch("train", i, 0, 1)[0][:, 0] for i in range(2000)])
     assert set(starts.tolist()) == set(range(280)) | set(range(300, 380))
     assert (starts >= 300).float().mean() == pytest.approx(80 / 360, abs=0.03)
-    for splits in {"train": [a, b[:40]], "val": [a]}, {"train": [a], "val": [b[:20]]}:
-        with pytest.raises(data.UserError, match="data has (40|20) tokens, too short for one batch"):
+    for splits in {"train": [a, b[:20]], "val": [a]}, {"train": [a], "val": [b[:20]]}:
+        with pytest.raises(data.UserError, match="has 20 tokens, too short for one sequence"):
             data.Tokens(splits, 400, 2, 20, 0)
 
 
@@ -192,10 +192,6 @@ def test_the_digest_is_of_contents_not_of_names(tmp_path):
             splits[split][change][-1] ^= 1
             digests.append(data.Images("shapes", splits, 7, 0).digest)
     assert len(set(digests)) == len(digests) and shapes_data(3, 5).digest in digests
-    large = np.random.default_rng(0).integers(65536, size=3_000_000).astype(np.uint16)
-    before = data.fingerprint([large])
-    large[2_500_000] += 1                                  # one token in any piece
-    assert data.fingerprint([large]) != before
 
 
 def test_text_needs_no_torchvision():
@@ -635,10 +631,7 @@ def test_control_c_is_one_line_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_pipe_is_no_shard_and_no_file_overwrites_itself(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "fifo.bin")
-    with pytest.raises(data.UserError, match="fifo.bin is a pipe"):
-        data.load(str(tmp_path / "fifo.bin"), 2, 16, 0)
+def test_no_file_overwrites_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in "mine_train.bin", "mine_val.bin":
         Path(name).write_text("some text")
