@@ -91,27 +91,23 @@ def init(c, name, tensor, generator):
 # -- The model.  B images, C channels of height and width H, n held neurons ---------------------------------
 
 class FrozenConv(torch.autograd.Function):
-    """A convolution whose weight does not train.  torch's would keep its input, for the weight's gradient."""
+    """A 3x3 convolution whose weight does not train.  torch's would keep x, for the weight's gradient."""
 
     @staticmethod
-    def forward(ctx, x, weight, stride, padding):
+    def forward(ctx, x, weight, stride):
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.stride, ctx.padding = x.shape, stride, padding
-        return F.conv2d(x, weight, None, stride, padding)
+        ctx.shape, ctx.stride = x.shape, stride
+        return F.conv2d(x, weight, stride=stride, padding=1)
 
     @staticmethod
     def backward(ctx, grad):
         weight, = ctx.saved_tensors
         weight = weight.to(grad.dtype)
-        grad = torch.nn.grad.conv2d_input(ctx.shape, weight, grad, ctx.stride, ctx.padding)
-        return grad, None, None, None
+        return torch.nn.grad.conv2d_input(ctx.shape, weight, grad, ctx.stride, padding=1), None, None
 
 
-class Conv2d(nn.Conv2d):
-    def forward(self, x):
-        if self.weight.requires_grad:
-            return super().forward(x)
-        return FrozenConv.apply(x, self.weight, self.stride, self.padding)
+def norm_and_relu(x, weight, bias):
+    return F.relu(F.batch_norm(x, None, None, weight, bias, training=True), inplace=True)
 
 
 class Block(nn.Module):
@@ -125,11 +121,11 @@ class Block(nn.Module):
         super().__init__()
         self.rest = nn.Module()
         for part, n in (self, held), (self.rest, rest):
-            part.conv1 = Conv2d(cin, n, 3, stride, 1, bias=False) if n else None
+            part.conv1 = nn.Conv2d(cin, n, 3, stride, 1, bias=False) if n else None
             part.bn1 = norm(n) if n else None
-            part.conv2 = Conv2d(n, cout, 3, 1, 1, bias=False) if n else None
+            part.conv2 = nn.Conv2d(n, cout, 3, 1, 1, bias=False) if n else None
         self.bn2 = norm(cout) if held + rest else None
-        self.downsample = None
+        self.stride, self.downsample = stride, None
         if stride > 1 or cin != cout:
             self.downsample = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), norm(cout))
 
@@ -137,22 +133,19 @@ class Block(nn.Module):
         if self.bn2 is None:                                         # the branch is absent here
             return F.relu(self.downsample(x)) if self.downsample else x  # x comes from a ReLU: relu(x) = x
         total = None
-        for part in self, self.rest:
-            if part.conv1:
-                h = part.conv1(x)                                    # [B, n, H / stride, H / stride]
-                if part is self:
-                    h = F.relu(self.bn1(h), inplace=True)
-                else:
-                    # conv2 is frozen and does not ask for h again, so only what made it is kept
-                    h = checkpoint(norm_and_relu, h, part.bn1.weight, part.bn1.bias,
-                                   use_reentrant=False, preserve_rng_state=False)
-                total = part.conv2(h) if total is None else total + part.conv2(h)
+        if self.conv1:
+            h = F.relu(self.bn1(self.conv1(x)), inplace=True)        # [B, held, H / stride, H / stride]
+            total = self.conv2(h)
+        if self.rest.conv1:
+            rest = self.rest
+            h = FrozenConv.apply(x, rest.conv1.weight, self.stride)  # [B, rest, H / stride, H / stride]
+            # conv2 does not ask for h again, so only what made it is kept
+            h = checkpoint(norm_and_relu, h, rest.bn1.weight, rest.bn1.bias,
+                           use_reentrant=False, preserve_rng_state=False)
+            h = FrozenConv.apply(h, rest.conv2.weight, 1)
+            total = h if total is None else total + h
         shortcut = self.downsample(x) if self.downsample else x
         return F.relu(self.bn2(total) + shortcut, inplace=True)      # [B, C out, H / stride, H / stride]
-
-
-def norm_and_relu(x, weight, bias):
-    return F.relu(F.batch_norm(x, None, None, weight, bias, training=True), inplace=True)
 
 
 class ResNet(nn.Module):
