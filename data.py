@@ -79,8 +79,9 @@ def read_bin(path):
     if size != wanted or size == HEADER:
         raise UserError(f"{path} should have {wanted} bytes but has {size}: fetch it again")
     tokens, vocab_size = np.memmap(path, np.uint16, "r", HEADER), int(header[3]) or GPT2
-    if tokens.max() >= vocab_size:
-        raise UserError(f"{path} has token {tokens.max()}, but its vocabulary is {vocab_size}: tokenise it again")
+    largest = tokens.max()
+    if largest >= vocab_size:
+        raise UserError(f"{path} has token {largest}, but its vocabulary is {vocab_size}: tokenise it again")
     return tokens, vocab_size
 
 

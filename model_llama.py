@@ -250,8 +250,7 @@ class Llama(nn.Module):
         x, y, rows = x.flatten(0, 1), targets.flatten(), MAX_LOGITS // self.config.vocab_size
         if len(y) <= rows:
             return loss(self.lm_head(x), y)
-        # The backward pass computes each part anew.  The weight is an argument, as by then somebody's
-        # functional_call may have given the module its other weights back
+        # The weight is an argument, as by then a functional_call around this may have put others back
         head = self.lm_head, self.lm_head.weight
         parts = zip(x.split(rows), y.split(rows))
         return sum(checkpoint(summed_loss, *xy, *head, use_reentrant=False) for xy in parts) / len(y)
