@@ -72,6 +72,8 @@ def write_bin(path, tokens, vocab_size):
 
 def read_bin(path):
     """-> (tokens: uint16 [count], mapped into memory; vocabulary size).  Raises UserError for other files."""
+    if Path(path).is_fifo():                               # to open it would wait for ever
+        raise UserError(f"{path} is a pipe: write it to a file first")
     header = np.fromfile(path, np.int32, 256)
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION or not 0 <= header[3] <= 65536:
         raise UserError(f"{path} is not a token shard: make one with  python data.py text")

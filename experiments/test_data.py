@@ -631,7 +631,10 @@ def test_control_c_is_one_line_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_no_file_overwrites_itself(tmp_path, monkeypatch):
+def test_a_pipe_is_no_shard_and_no_file_overwrites_itself(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo.bin")
+    with pytest.raises(data.UserError, match="fifo.bin is a pipe"):
+        data.load(str(tmp_path / "fifo.bin"), 2, 16, 0)
     monkeypatch.chdir(tmp_path)
     for name in "mine_train.bin", "mine_val.bin":
         Path(name).write_text("some text")
