@@ -63,13 +63,14 @@ def branches(c):
     """
     d, width = c.hidden_size, c.queries_per_kv * c.head_dim          # width of a neuron's queries together
     kept = 2 * width + 2 * c.head_dim                                # q, k, v, and what o_proj reads
-    head = kept * d                                                  # weights: rows of q, k, v, columns of o
-    # FLOPs: 2 for each weight or pair, in 3 passes; 2 products with pairs: q k^T, and probabilities times v
-    pairs = 2 * 3 * 2 * c.max_position_embeddings * width
+    weights = kept * d                                               # rows of q, k, v, columns of o
+    # FLOPs of a forward and backward pass: 6 for each weight, and, in each of the two products q k^T and
+    # probabilities times v, 6 for each number of a query and each position
+    pairs = 2 * 6 * width * c.max_position_embeddings
     out = {}
     for i in range(c.num_hidden_layers):
         path = f"model.layers.{i}"
-        out[f"{path}.self_attn"] = i, c.num_key_value_heads, 4 * head, 6 * head + pairs, kept
+        out[f"{path}.self_attn"] = i, c.num_key_value_heads, 4 * weights, 6 * weights + pairs, kept
         out[f"{path}.mlp"] = i, c.intermediate_size, 4 * 3 * d, 6 * 3 * d, 4  # gate, silu(gate), up, product
     return out
 
@@ -186,7 +187,7 @@ class Layer(nn.Module):
                 rope = rope_table(x.shape[1], self.config, x.device)
             normed = self.input_layernorm(x)
             for part in filter(None, (self.self_attn, self.rest.self_attn)):
-                x = torch.add(x, part(normed, rope), alpha=self.scales[0])  # x + scale * part
+                x = torch.add(x, part(normed, rope), alpha=self.scales[0])  # one kernel: x + scale * part
         if self.post_attention_layernorm:
             normed = self.post_attention_layernorm(x)
             for part in filter(None, (self.mlp, self.rest.mlp)):
