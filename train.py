@@ -723,7 +723,8 @@ DISTRIBUTED = dist.is_torchelastic_launched() and "RANK" in os.environ  # by tor
 RANK = int(os.environ["RANK"]) if DISTRIBUTED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if DISTRIBUTED else 1
 STOP = False                        # somebody wants this machine back
-PATIENT = None                      # the process group of all ranks in which waiting has no limit
+GLOO = None                         # a process group of all ranks, for what on_rank_0 sends
+PATIENCE = timedelta(days=365)      # of those who wait for rank 0
 LOCK = None                         # rank 0 holds the out-dir
 
 
@@ -761,7 +762,7 @@ def pick_device(wanted):
 
 def start_processes(wanted, timeout):
     """Joins the other ranks.  -> this rank's device"""
-    global PATIENT
+    global GLOO, PATIENCE
     device, backend = pick_device(wanted)
     if not DISTRIBUTED:
         return device
@@ -776,7 +777,9 @@ def start_processes(wanted, timeout):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait,
                             device_id=device if backend == "nccl" else None)
-    PATIENT = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    GLOO = dist.new_group(backend="gloo", timeout=wait)
+    if RANK == 0:
+        PATIENCE = wait                                              # the others have nothing else to do
     return device
 
 
@@ -809,8 +812,9 @@ def on_rank_0(work, *arguments):
         except (UserError, OSError) as e:
             error = str(e)
     if DISTRIBUTED:
+        dist.monitored_barrier(GLOO, PATIENCE)
         errors = [error]
-        dist.broadcast_object_list(errors, group=PATIENT)
+        dist.broadcast_object_list(errors, group=GLOO)
         error = errors[0]
     if error:
         raise UserError(error)
