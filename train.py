@@ -12,7 +12,6 @@ In reading order: flags; `train`, the whole run; then what it calls.
 import argparse
 import ctypes
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -190,7 +189,8 @@ def train(args, device):
     design = Design(args, config)
     full = design.full_model()
     first, updates = check_checkpoint(checkpoint, design, full, dataset) if checkpoint else (0, 0)
-    agree(basis(design, dataset, checkpoint))                        # all ranks must start alike
+    agree({**vars(args), "contents of --data": dataset.digest, "checkpoint": checkpoint.get("checksum"),
+           "masks": data.fingerprint(mask.numpy() for mask in design.masks.values())})
     on_rank_0(claim_out_dir, args)
     describe(design, dataset, saved, device)
     batch = dataset.batch("train", 0, 0, 1)                          # for its shape
@@ -315,7 +315,7 @@ class Design:
             held = coverage_to_held(args.coverage, args.subnets)
             self.masks = sdp.MASKS[args.level](self.branches, args.subnets, held, args.mask_seed)
         else:                                                        # one subnetwork, which holds everything
-            self.masks = {name: torch.ones(b[1], 1, dtype=torch.bool) for name, b in self.branches.items()}
+            self.masks = sdp.block_masks(self.branches, n_subnets=1, held=1)
         try:
             self.warnings = sdp.check_masks(self.masks, self.branches)
         except ValueError as e:
@@ -351,9 +351,8 @@ class Design:
         wire = torch.bfloat16 if self.args.reduce_dtype == "bf16" else None
         if self.args.parallel == "ddp":
             return DataParallel(module, wire)
-        wait = timedelta(seconds=self.args.timeout)
-        return sdp.SubnetDataParallel(module, self.masks, self.layout, self.backward, timeout=wait,
-                                      reduce_dtype=wire, compile=self.args.compile)
+        return sdp.SubnetDataParallel(module, self.masks, self.layout, self.backward, reduce_dtype=wire,
+                                      timeout=timedelta(seconds=self.args.timeout), compile=self.args.compile)
 
 
 def build(design, device, checkpoint):
@@ -370,10 +369,9 @@ def build(design, device, checkpoint):
         workers = design.args.subnets                                # for DDP too, where S is 1
         sync = sdp.Simulation(modules, design.masks, design.layout, value, workers, device)
     optimizer = design.family.optimizer(sync.pieces, design.layout, design.args.lr)
-    if not checkpoint:
-        return sync, optimizer
+    saved = checkpoint.get("optimizer", {})                          # {}: the run begins
     for piece in sync.pieces:
-        for key, x in checkpoint["optimizer"][piece.name].items():
+        for key, x in saved.get(piece.name, {}).items():
             part = sync.part_of(x, piece) if torch.is_tensor(x) else torch.tensor(float(x))
             optimizer.state[piece.param][key] = part.to(sync.device, copy=True)
     return sync, optimizer
@@ -387,47 +385,35 @@ def compile_blocks(model):
             block.forward = torch.compile(block.forward)             # hooks stay outside
 
 
-class DataParallel:
-    """torch's DistributedDataParallel with the interface of sdp.SubnetDataParallel, to compare with."""
+class DataParallel(sdp.Simulation):
+    """torch's DistributedDataParallel with the interface of sdp.SubnetDataParallel, to compare with.
+
+    As in the simulation the full model is here: nothing has to be cut, gathered or refreshed.
+    """
 
     def __init__(self, module, wire=None):
-        self.pieces = [sdp.Piece(name, (0,), p.numel(), name, p) for name, p in module.named_parameters()]
-        self.params = [piece.param for piece in self.pieces]
-        self.device = self.params[0].device
+        self.full = dict(module.named_parameters())
+        self.device = next(iter(self.full.values())).device
         self.workers, self.world = [dist.get_rank()], dist.get_world_size()
         self.module = DistributedDataParallel(module, gradient_as_bucket_view=True, init_sync=False)
         if wire:
             self.module.register_comm_hook(None, bf16_compress_hook)
         self.no_sync = self.module.no_sync
-        nbytes = sum(p.numel() * (wire or p.dtype).itemsize for p in self.params)
+        nbytes = sum(p.numel() * (wire or p.dtype).itemsize for p in self.full.values())
         self.sent_bytes = 2 * (1 - 1 / self.world) * nbytes
 
     def forward(self, worker, *inputs):
         return self.module(*inputs)
 
     def finish(self):
-        pass                                                         # DDP has waited; no weights are frozen
-
-    def refresh(self):
-        pass
-
-    def close(self):
-        pass
+        pass                                                         # the backward pass has averaged
 
     def clip_grad_norm(self, max_norm, *scalars):
-        norm = nn.utils.clip_grad_norm_(self.params, max_norm)
+        norm = nn.utils.clip_grad_norm_(self.full.values(), max_norm)
         packet = [norm / self.world, *scalars]                       # all have the same norm: the sum is that
         packet = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in packet])
         dist.all_reduce(packet)
         return packet
-
-    def part_of(self, full, piece):
-        return full
-
-    def gather(self, tensors=None, under=""):
-        for piece, tensor in zip(self.pieces, tensors or self.params):
-            if piece.name.startswith(under):
-                yield piece.name, tensor.detach()
 
 
 # -- What is said of a run before it begins --------------------------------------------------------
@@ -554,11 +540,10 @@ def sample(args, count=200):
     settle(args, saved)
     if FAMILIES[args.model] is not TEXT:
         raise UserError(f"--sample prints text, and the checkpoint's model, {args.model}, reads images")
-    vocab_size = saved.get("vocab_size")
-    encoding = data.encoding_for(vocab_size)
+    encoding = data.encoding_for(saved.get("vocab_size"))
     device, _ = pick_device(args.device)
     with torch.device("meta"):
-        model = llama.Llama(replace(llama.PRESETS[args.model], vocab_size=vocab_size))
+        model = llama.Llama(replace(llama.PRESETS[args.model], vocab_size=saved["vocab_size"]))
     if kinds(checkpoint.get("model")) != kinds(model.state_dict()):
         raise UserError("the checkpoint's model has other names, shapes or types than it should")
     model.load_state_dict(checkpoint["model"], assign=True)
@@ -569,9 +554,7 @@ def sample(args, count=200):
 
 # -- The out-dir, and checkpoints: always of the full model, so that any workers can go on with any -
 
-def old_files(out_dir):
-    paths = [out_dir / name for name in ("metrics.jsonl", "ckpt.pt", "ckpt.prev.pt")]
-    return [path for path in paths if path.exists()]
+RUN_FILES = ("metrics.jsonl", "ckpt.pt", "ckpt.prev.pt")
 
 
 def claim_out_dir(args):
@@ -584,8 +567,8 @@ def claim_out_dir(args):
         fcntl.flock(LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another run is at work in {out_dir}: wait, or take another --out-dir") from None
-    used = any(file.stat().st_size for file in old_files(out_dir))
-    if used and not (args.resume or args.overwrite):
+    sizes = [file.stat().st_size for file in out_dir.iterdir() if file.name in RUN_FILES]
+    if any(sizes) and not (args.resume or args.overwrite):
         raise UserError(f"{out_dir} already holds a run: --resume goes on with it, --overwrite replaces it, "
                         f"another --out-dir leaves it alone")
 
@@ -595,14 +578,14 @@ def begin_metrics(args, start):
     out_dir = Path(args.out_dir)
     metrics, part = out_dir / "metrics.jsonl", out_dir / "metrics.part"
     if args.overwrite:
-        for file in old_files(out_dir):
-            file.unlink()
-    lines = metrics.read_bytes().splitlines(True) if metrics.exists() else []
-    with open(part, "wb") as f:
-        for line in lines:
-            with suppress(ValueError, KeyError, TypeError):          # a crash leaves bytes of any kind
-                if json.loads(line)["step"] <= start:
-                    f.write(line)
+        for name in RUN_FILES:
+            (out_dir / name).unlink(missing_ok=True)
+    kept = []
+    for line in metrics.read_bytes().splitlines(True) if metrics.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):              # a crash leaves bytes of any kind
+            if json.loads(line)["step"] <= start:
+                kept.append(line)
+    part.write_bytes(b"".join(kept))
     os.replace(part, metrics)
 
 
@@ -723,8 +706,7 @@ DISTRIBUTED = dist.is_torchelastic_launched() and "RANK" in os.environ  # by tor
 RANK = int(os.environ["RANK"]) if DISTRIBUTED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if DISTRIBUTED else 1
 STOP = False                        # somebody wants this machine back
-GLOO = None                         # a process group of all ranks, for what on_rank_0 sends
-PATIENCE = timedelta(days=365)      # of those who wait for rank 0
+PATIENT = None                      # a process group of all ranks, in which rank 0 may take its time
 LOCK = None                         # rank 0 holds the out-dir
 
 
@@ -733,15 +715,13 @@ def say(*words):
         print(*words, flush=True)
 
 
-def stop(signum, _):
-    """A signal to end lets the update end first, and the checkpoint be written."""
-    global STOP
-    if STOP and signum == signal.SIGINT:
-        raise KeyboardInterrupt("interrupted once more: nothing else is saved")
-    STOP = True
-
-
 def watch_signals():
+    """A signal to end lets the update end first, and the checkpoint be written.  A second Ctrl-C does not."""
+    def stop(*_):
+        global STOP
+        STOP = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     for signum in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
         if signal.getsignal(signum) != signal.SIG_IGN:               # as nohup does with SIGHUP
             signal.signal(signum, stop)
@@ -762,7 +742,7 @@ def pick_device(wanted):
 
 def start_processes(wanted, timeout):
     """Joins the other ranks.  -> this rank's device"""
-    global GLOO, PATIENCE
+    global PATIENT
     device, backend = pick_device(wanted)
     if not DISTRIBUTED:
         return device
@@ -777,19 +757,8 @@ def start_processes(wanted, timeout):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait,
                             device_id=device if backend == "nccl" else None)
-    GLOO = dist.new_group(backend="gloo", timeout=wait)
-    if RANK == 0:
-        PATIENCE = wait                                              # the others have nothing else to do
+    PATIENT = dist.new_group(backend="gloo", timeout=timedelta(days=365) if RANK > 0 else wait)
     return device
-
-
-def basis(design, dataset, checkpoint):
-    """{name: what a run depends on}"""
-    files = [module.__file__ for module in (sys.modules[__name__], sdp, data, llama, resnet)]
-    code = b"".join(Path(file).read_bytes() for file in files)
-    return {**vars(design.args), "version of torch": torch.__version__, "contents of --data": dataset.digest,
-            "code": hashlib.sha256(code).hexdigest(), "checkpoint": checkpoint.get("checksum"),
-            "masks": data.fingerprint(mask.numpy() for mask in design.masks.values())}
 
 
 def agree(mine):
@@ -797,27 +766,23 @@ def agree(mine):
     ranks = [mine] * WORLD
     if DISTRIBUTED:
         dist.all_gather_object(ranks, mine)
-    for rank, its in enumerate(ranks):
-        for name in mine:
-            if its[name] != ranks[0][name]:
-                raise UserError(f"rank {rank} was started with another {name} than rank 0")
+    differ = [name for its in ranks for name in mine if its[name] != ranks[0][name]]
+    if differ:
+        raise UserError(f"not all ranks were started with the same {differ[0]}")
 
 
 def on_rank_0(work, *arguments):
     """Calls work on rank 0 alone, while the others wait without a limit.  Its error is everybody's."""
-    error = None
+    error = [None]
     if RANK == 0:
         try:
             work(*arguments)
         except (UserError, OSError) as e:
-            error = str(e)
+            error = [str(e)]
     if DISTRIBUTED:
-        dist.monitored_barrier(GLOO, PATIENCE)
-        errors = [error]
-        dist.broadcast_object_list(errors, group=GLOO)
-        error = errors[0]
-    if error:
-        raise UserError(error)
+        dist.broadcast_object_list(error, group=PATIENT)
+    if error[0]:
+        raise UserError(error[0])
 
 
 def main(argv=None):
