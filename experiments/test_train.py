@@ -994,6 +994,22 @@ def test_a_worker_that_dies_or_hangs_ends_the_others_with_a_line_and_the_run_goe
     assert 'train.py", line' not in err
 
 
+def test_rank_0_notices_a_worker_that_hangs_while_rank_0_works_alone(tmp_path):
+    run = Torchrun(2, small_program(tmp_path, SLOW_DISK), flags(tmp_path, "--timeout", 4))
+    run.wait_for_line(tmp_path / "out" / "metrics.jsonl", 3)         # then it saves, for 6 seconds
+    time.sleep(2)
+    ranks = {re.search(rb"\0RANK=(\d)", Path(f"/proc/{pid}/environ").read_bytes())[1]: pid
+             for pid in run.workers()}
+    os.kill(ranks[b"1"], signal.SIGSTOP)
+    start = time.monotonic()
+    while alive(ranks[b"0"]):
+        assert time.monotonic() < start + 20, "rank 0 still waits"
+        time.sleep(0.05)
+    os.kill(ranks[b"1"], signal.SIGKILL)                             # torchrun itself waits for it
+    code, _, err = run.end()
+    assert code == 1 and "error: rank 0 lost the other workers" in err
+
+
 @slow
 @only_when_asked
 def test_twenty_kills(tmp_path):
