@@ -287,7 +287,7 @@ class Simulation:
         return full
 
     def gather(self, tensors=None, under=""):
-        """Yields (full name, full tensor), for names that begin with `under`; see MaskedAllReduce."""
+        """Yields (full name, full tensor), for names that begin with `under`; see Worker."""
         for name, tensor in zip(self.full, tensors or self.full.values()):
             if name.startswith(under):
                 yield name, tensor.detach()
