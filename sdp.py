@@ -461,7 +461,7 @@ class Worker:
     def part_of(self, full, piece):
         """What belongs into piece.param, or into its optimizer state, of a full tensor."""
         slot, pieces = self.slots[piece.local], self.pieces_in[piece.local]
-        parts = flat(cut(full, slot), slot).split([r.numel for r in pieces])
+        parts = flat(cut(full, slot), slot).split([other.numel for other in pieces])
         return parts[pieces.index(piece)]
 
     @torch.no_grad()
@@ -505,7 +505,7 @@ class Worker:
 # that are not for it.
 
 class Bucket(NamedTuple):
-    """Runs with the same holders.  Their gradients travel as one message."""
+    """Pieces with the same holders.  Their gradients travel as one message."""
     holders: tuple
     pieces: list
     share: torch.Tensor             # 1/|H_j|, a tensor: torch.compile would make a program for each float
