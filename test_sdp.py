@@ -927,7 +927,7 @@ def test_buckets_are_full_and_the_last_ones_short(level, monkeypatch):
         sizes.setdefault(bucket.holders, []).append(nbytes)
     assert max(max(s) for s in sizes.values()) >= full
     last = [bucket for bucket in sync.buckets if len(bucket.holders) < 4][-1]
-    assert 4 * sum(piece.numel for piece in last.pieces) <= full / 4 + largest     # hidden by nothing
+    assert 4 * sum(piece.numel for piece in last.pieces) <= full / 4 + largest  # hidden by nothing
     for holders, s in sizes.items():
         if len(holders) < 4:
             assert max(s) < full + largest and s[-1] <= full / 2 + largest
