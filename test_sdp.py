@@ -647,7 +647,7 @@ def _any_optimizer(masks, make, dtype):
 
 
 def test_replicas_stay_identical_under_any_optimizer():
-    """Even under those whose kernels round by position, or which look at a whole tensor: all step on pieces."""
+    """Even under those whose kernels round by position, or look at a whole tensor: all step on pieces."""
     adam = functools.partial(torch.optim.AdamW, lr=1e-2, fused=True)
     adafactor = functools.partial(torch.optim.Adafactor, lr=1e-2)
     rmsprop = functools.partial(torch.optim.RMSprop, lr=1e-3)
