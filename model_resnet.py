@@ -125,7 +125,8 @@ class Block(nn.Module):
             part.bn1 = norm(n) if n else None
             part.conv2 = nn.Conv2d(n, cout, 3, 1, 1, bias=False) if n else None
         self.bn2 = norm(cout) if held + rest else None
-        self.stride, self.downsample = stride, None
+        self.stride = stride
+        self.downsample = None
         if stride > 1 or cin != cout:
             self.downsample = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), norm(cout))
 

@@ -712,7 +712,7 @@ class SubnetDataParallel(MaskedAllReduce):
     @contextmanager
     def no_sync(self):
         """Around all micro-steps of an update but the last one, whose backward pass synchronises the sum."""
-        outer = self._synchronise                           # False in a no_sync() of somebody else
+        outer = self._synchronise                           # False inside of another no_sync()
         self._synchronise = False
         try:
             yield

@@ -97,7 +97,7 @@ def shared_flags(description):
     p.add_argument("--data", type=os.path.expanduser,
                    help="stdlib, fineweb, PATH.bin; cifar10, cifar100, shapes [stdlib, or cifar10]")
     p.add_argument("--level", choices=list(sdp.MASKS), default="block", help="mask function [%(default)s]")
-    p.add_argument("--coverage", help="k/S: part of the model a worker trains [the smallest from 0.75 on]")
+    p.add_argument("--coverage", help="k/S: of S subnets, k hold a neuron [the smallest from 0.75 on]")
     p.add_argument("--subnets", type=positive, help="S: different subnetworks [workers; 4 without torchrun]")
     p.add_argument("--seed", type=int, default=0, help="[%(default)s]")
     p.add_argument("--batch-size", type=positive, help="per worker and micro-step [by model]")
@@ -716,7 +716,7 @@ def say(*words):
 
 
 def watch_signals():
-    """A signal to end lets the update end first, and the checkpoint be written.  A second Ctrl-C does not."""
+    """A signal to end lets the update end first, and the checkpoint be written.  Ctrl-C after it does not."""
     def stop(*_):
         global STOP
         STOP = True
@@ -757,7 +757,9 @@ def start_processes(wanted, timeout):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait,
                             device_id=device if backend == "nccl" else None)
-    PATIENT = dist.new_group(backend="gloo", timeout=timedelta(days=365) if RANK > 0 else wait)
+    # Rank 0 itself waits no longer than usual, and so notices a worker that hangs
+    patience = timedelta(days=365) if RANK > 0 else wait
+    PATIENT = dist.new_group(backend="gloo", timeout=patience)
     return device
 
 
