@@ -44,9 +44,9 @@ The words:
 The file has the method four times, each time closer to the machine: `naive_masked_average`, which needs
 full-size tensors; `Simulation`, all workers in one process; `MaskedAllReduce`, real workers, one message
 for each holder set; and `SubnetDataParallel`, whose messages leave while the backward pass still runs.  You
-can stop after `MaskedAllReduce`.  (Its base `Worker` is what one process has; each class adds one idea to
-the one before.)  Then come `Refresher`, for backward masking alone, and `stream`, which evaluates the full
-model.  Appendix 1 has more masks, finds balanced ones, and describes any.  Appendix 2 is about refusals.
+can stop after `MaskedAllReduce` and have the method.  Then come `Refresher`, for backward masking alone, and
+`stream`, which evaluates the full model.  Appendix 1 has more masks, finds balanced ones, and describes any.
+Appendix 2 is about refusals.
 """
 
 import hashlib
@@ -224,8 +224,7 @@ class Simulation:
     def __init__(self, modules, masks, layout, value, workers=None, device="cpu"):
         self.n_subnets = len(modules)
         self.world = workers or self.n_subnets
-        if self.world % self.n_subnets:
-            raise ValueError(f"{self.n_subnets} subnets do not divide the number of workers, {self.world}")
+        check_workers(self.world, self.n_subnets)
         self.workers = list(range(self.world))
         self.device = torch.device(device)
         self.masks, self.layout, self.modules = masks, layout, modules
@@ -380,20 +379,64 @@ def pieces_of(masks, layout):
                     yield name, holders, numel // len(masks[branch]) * n
 
 
-class Worker:
-    """This process, and its subnetwork, rank mod S, cut into pieces.  It averages nothing yet.
+def find_pieces(params, places, masks, layout, subnet):
+    """All pieces of the full model in forward order, with their place in this process's module.
 
-    pieces: what it trains.  all_pieces: those of the full model, whether they are here or not.
+    params: its parameters; places: its `slots`.  A full parameter is in at most two parameters here: the
+    trained one, and the one in `rest`.  Each piece takes the next `numel` numbers of one of them.
+    """
+    here = {(slot.name, slot.trains): local for local, slot in places.items()}
+    # Views: what the optimizer writes into a piece, it writes into the module
+    memory = {local: flat(p.data, places[local]) for local, p in params.items()}
+    out = []
+    for name, holders, numel in pieces_of(masks, layout):
+        trains = subnet in holders
+        local = here.get((name, trains))
+        param = None                                        # forward masking: frozen neurons are not here
+        if local is not None:
+            param = nn.Parameter(memory[local][:numel], requires_grad=trains)
+            memory[local] = memory[local][numel:]           # what comes behind this piece
+        out.append(Piece(name, holders, numel, local, param))
+    return out
+
+
+# Order.  Two workers may share several groups.  If one began with group A and the other with group B, both
+# could wait for ever.  So all workers go through all messages in one global order, each leaving out those
+# that are not for it.
+
+class MaskedAllReduce:
+    """The method on real workers in its plain form: after the backward pass, one message for each holder set.
+
+        sync = MaskedAllReduce(module, masks, layout)
+        optimizer = torch.optim.AdamW([piece.param for piece in sync.pieces])  # views of the module's weights
+
+        loss.backward()
+        sync.finish()                                # piece.param.grad is now the average over the holders
+        optimizer.step()
+        optimizer.zero_grad()
+        sync.refresh()                               # backward masking: new weights for frozen neurons
+
+    module: the subnetwork of this process, rank mod S.  As in DDP, all take the weights of the first worker
+        that holds them, and the module must not be moved or converted later.
+    backward: is it backward masking?
+    timeout: a timedelta, for the process groups that are made here.
+    pieces: what this worker trains.  all_pieces: those of the full model, whether they are here or not.
+
+    masks, layout and backward must be the same on every rank, or the ranks wait for ever.  The loss must be
+    the mean over this worker's batch.  Parameters in no loss get zeros.  Raises ValueError for what SDP would
+    train wrongly.
+
+    The optimizer steps on pieces (module.parameters() get no gradients).  They are 1-D, so it must treat each
+    number by itself, as SGD and Adam do and Adafactor does not.  Use float32 weights, with autocast for
+    bfloat16.  Do not use torch.amp.GradScaler: it skips updates rank by rank, and the replicas part.
     """
 
-    def __init__(self, module, masks, layout, backward):
-        self.module, self.masks, self.layout = module, masks, layout
+    def __init__(self, module, masks, layout, backward=False, timeout=None):
+        self.module, self.masks, self.layout, self.backward = module, masks, layout, backward
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.n_subnets = count_subnets(masks)
-        if self.world % self.n_subnets:
-            raise ValueError(f"{self.n_subnets} subnets do not divide the number of workers, {self.world}")
+        check_workers(self.world, self.n_subnets)
         self.subnet = self.rank % self.n_subnets
-        self.workers = [self.rank]
         self.slots = slots(module, masks, layout, self.subnet)
         self.params = dict(module.named_parameters())
         self.device = next(iter(self.params.values())).device
@@ -405,41 +448,41 @@ class Worker:
                 p.data = p.data.contiguous()
             else:
                 p.data = p.data.movedim(slot.dim, 0).contiguous().movedim(0, slot.dim)
-
-        self.all_pieces = self._find_pieces()
+        self.all_pieces = find_pieces(self.params, self.slots, masks, layout, self.subnet)
         check_pieces(self.all_pieces, self.n_subnets, self.subnet, backward)
         self.pieces = [piece for piece in self.all_pieces if self.subnet in piece.holders]
         self.pieces_in = defaultdict(list)                  # trained parameter -> its pieces, in order
         for piece in self.pieces:
             self.pieces_in[piece.local].append(piece)
 
-    def _find_pieces(self):
-        """All pieces of the full model in forward order, with their place in this process's module.
-
-        A full parameter is in at most two parameters here: the trained one, and the one in `rest`.  Each
-        piece takes the next `numel` numbers of one of them.
-        """
-        here = {(slot.name, slot.trains): local for local, slot in self.slots.items()}
-        # Views: what the optimizer writes into a piece, it writes into the module
-        memory = {local: flat(p.data, self.slots[local]) for local, p in self.params.items()}
-        out = []
-        for name, holders, numel in pieces_of(self.masks, self.layout):
-            trains = self.subnet in holders
-            local = here.get((name, trains))
-            param = None                                    # forward masking: frozen neurons are not here
-            if local is not None:
-                param = nn.Parameter(memory[local][:numel], requires_grad=trains)
-                memory[local] = memory[local][numel:]       # what comes behind this piece
-            out.append(Piece(name, holders, numel, local, param))
-        return out
-
-    def forward(self, worker, *inputs):
-        """Forward pass of worker `worker`, which is this process's."""
-        return self.module(*inputs)
+        # Collective: all ranks make all groups in one order, which is that of the messages too
+        self.groups = {}                                    # holders -> ProcessGroup
+        for piece in self.all_pieces:
+            if piece.holders not in self.groups:
+                workers = [rank for rank in range(self.world) if rank % self.n_subnets in piece.holders]
+                whole = len(workers) == self.world
+                group = dist.group.WORLD if whole else dist.new_group(workers, timeout=timeout)
+                self.groups[piece.holders] = group
+        for piece in self.pieces:
+            dist.broadcast(piece.param.data, group=self.groups[piece.holders], group_src=0)
+        MaskedAllReduce.refresh(self)                       # (not the subclass's, which does not wait)
 
     def count_workers(self, holders):
         """|H_j|: W/S workers train each subnet."""
         return len(holders) * self.world // self.n_subnets
+
+    @torch.no_grad()
+    def finish(self):
+        """Makes every piece's gradient the average over the workers that hold it, after the backward pass."""
+        for local in self.pieces_in:
+            self._take_gradient(local)
+        for holders, group in self.groups.items():          # in one global order
+            pieces = [piece for piece in self.pieces if piece.holders == holders]
+            if pieces:
+                message = torch.cat([piece.param.grad for piece in pieces])
+                message /= self.count_workers(holders)      # 1/|H_j| * g_ij
+                dist.all_reduce(message, group=group)       # sum over i in H_j
+                deal_out(message, pieces)
 
     def _take_gradient(self, local):
         """Moves the gradient of a parameter to its pieces.
@@ -457,6 +500,192 @@ class Worker:
         for piece, part in zip(pieces, parts):
             piece.param.grad = part
         p.grad = None
+
+    @torch.no_grad()
+    def refresh(self):
+        """Backward masking: brings new weights to those who have them frozen.  Forward masking: nothing."""
+        for piece in self.all_pieces if self.backward else []:
+            if len(piece.holders) < self.n_subnets:         # some subnet has it frozen
+                dist.broadcast(piece.param.data, src=piece.holders[0])
+
+
+def deal_out(message, pieces):
+    """The message has the averages of these pieces: from now on it is their gradients' memory."""
+    for piece, part in zip(pieces, message.split([piece.numel for piece in pieces])):
+        piece.param.grad = part
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The same, with little waiting and few bytes.  This is what train.py uses
+# -----------------------------------------------------------------------------------------------------------
+
+class Bucket(NamedTuple):
+    """Pieces with the same holders.  Their gradients travel as one message."""
+    holders: tuple
+    pieces: list
+    share: torch.Tensor             # 1/|H_j|, a tensor: torch.compile would make a program for each float
+
+
+class SubnetDataParallel(MaskedAllReduce):
+    """The same, but messages leave while the backward pass runs, and refreshes arrive in the next forward.
+
+    bucket_bytes: when the pieces of some holder set have so many bytes, new buckets are begun.
+    reduce_dtype: of the gradients in messages; torch.bfloat16 halves the bytes.  Replicas stay bit-identical.
+    compile: torch.compile what is done with each message before and after it travels.
+
+    `clip_grad_norm` comes after finish().  The norm that it returns is the same on all ranks: you may skip
+    optimizer.step() by that, but not refresh().
+    """
+
+    def __init__(self, module, masks, layout, backward=False, timeout=None, bucket_bytes=25 * 2**20,
+                 reduce_dtype=None, compile=False):
+        super().__init__(module, masks, layout, backward, timeout)
+        module.is_wrapped = True
+        self.workers = [self.rank]                          # of this process; a Simulation has all
+        self.wire_dtype = reduce_dtype or self.dtype        # of gradients in messages
+        self.bucket_bytes = bucket_bytes
+        self.buckets = []
+        for holders, pieces in self._plan_buckets():
+            share = torch.tensor(1 / self.count_workers(holders), dtype=self.dtype, device=self.device)
+            self.buckets.append(Bucket(holders, pieces, share))
+        self.shares = torch.stack([bucket.share for bucket in self.buckets]).double()
+        # dynamic: compiled once, not once for each bucket's length
+        self._pack = torch.compile(pack, dynamic=True) if compile else pack
+        self._unpack = torch.compile(unpack, dynamic=True) if compile else unpack
+        # It brings the weights that are frozen here.  Under forward masking there are none
+        self.refresher = Refresher(self, self.all_pieces if backward else [])
+        self._stale = False                                 # finish() was called, and refresh() was not yet
+        self._synchronise = True
+        self._restart()
+        self._hooks = [self.params[local].register_post_accumulate_grad_hook(partial(self._ready, local))
+                       for local in self.pieces_in]
+        self._hooks += self.refresher.hook(self)
+
+    def _plan_buckets(self):
+        """This worker's buckets, (holders, pieces), in the order of sending.
+
+        Go through the pieces in forward order, with one open bucket for each holder set.  When one is full,
+        begin new ones of all sets: buckets leave in this order, and one that stayed open for many layers
+        would hold up all behind it.  The backward pass comes to the pieces in the opposite order, so the list
+        is reversed.  The limit is a quarter at first: these buckets leave last, when little of the backward
+        pass is left to hide them.
+        """
+        buckets = []                                        # of all workers
+        opened = {}
+        filled = Counter()                                  # bytes in each open bucket
+        limit = self.bucket_bytes / 4
+        for piece in self.all_pieces:
+            if filled and max(filled.values()) >= limit:
+                limit = min(2 * limit, self.bucket_bytes)
+                opened = {}
+                filled = Counter()
+            filled[piece.holders] += piece.numel * self.dtype.itemsize
+            if piece.holders not in opened:
+                opened[piece.holders] = []
+                buckets.append((piece.holders, opened[piece.holders]))
+            opened[piece.holders].append(piece)
+        return [(holders, pieces) for holders, pieces in reversed(buckets) if self.subnet in holders]
+
+    def _restart(self):
+        self.squares = []                                   # sum of squares of each message that has arrived
+        self._taken = set()                                 # parameters whose gradient is complete
+        self._next = 0                                      # the next bucket to send
+        self._flying = []                                   # messages under way
+
+    def forward(self, worker, *inputs):
+        """Forward pass of worker `worker`, which is this process's."""
+        return self.module(*inputs)
+
+    @contextmanager
+    def no_sync(self):
+        """Around all micro-steps of an update but the last one, whose backward pass synchronises the sum."""
+        outer = self._synchronise                           # False inside of another no_sync()
+        self._synchronise = False
+        try:
+            yield
+        finally:
+            self._synchronise = outer
+
+    @torch.no_grad()
+    def _ready(self, local, _=None):
+        """Autograd calls this when a gradient is complete.  Sends the buckets whose turn has come."""
+        if not self._synchronise:
+            return
+        if local in self._taken:
+            raise RuntimeError("a second backward pass before finish(): put all but the last under no_sync()")
+        self._taken.add(local)
+        self._take_gradient(local)
+        for bucket in self.buckets[self._next:]:
+            if not all(piece.local in self._taken for piece in bucket.pieces):
+                break
+            # A copy, even of one piece: autograd may give a parameter a view of a gradient that flows on
+            packed = torch.cat([piece.param.grad for piece in bucket.pieces])
+            message = self._pack(packed, bucket.share, self.wire_dtype)
+            work = dist.all_reduce(message, group=self.groups[bucket.holders], async_op=True)
+            for piece in bucket.pieces:
+                piece.param.grad = None                     # it is in the message: free its memory
+            self._flying.append((work, message, bucket))
+            self._next += 1
+
+    @torch.no_grad()
+    def finish(self):
+        """As MaskedAllReduce.  RuntimeError if the forward pass did not wait for the refreshed weights."""
+        if not self._synchronise:
+            raise RuntimeError("finish() inside no_sync(): the last micro-step must be outside of it")
+        if self._stale:
+            raise RuntimeError("frozen weights may be old: backward masking needs refresh() after finish()")
+        used = {self.layout[self.slots[local].name][0] for local in self._taken}
+        self.refresher.check(used)                          # did a branch run with old weights?
+        self.arrive()                                       # those of branches that did not run
+        self._stale = bool(self.refresher.exchanges)
+        for local in self.pieces_in:
+            if local not in self._taken:                    # no gradient came: zeros, as others wait for them
+                self._ready(local)
+        flying = self._flying
+        self._restart()
+        while flying:
+            work, message, bucket = flying.pop(0)
+            work.wait()                                     # on NCCL the stream waits, not the host
+            averages, square = self._unpack(message, self.dtype)
+            deal_out(averages, bucket.pieces)
+            self.squares.append(square)
+
+    @torch.no_grad()
+    def clip_grad_norm(self, max_norm, *scalars):
+        """Scales the gradients so that the *full* model's gradient has at most this norm.
+
+        -> float64 tensor [1 + len(scalars)]: the norm before, and the sum over all workers of each scalar
+        (the loss, a wish to stop).  All travel in one message.  Each parameter counts once: each of the
+        |H_j| workers that hold it adds 1/|H_j| of its square.  If you change gradients after finish(), the
+        norm does not notice.
+        """
+        if len(self.squares) < len(self.buckets):
+            raise RuntimeError("call finish() before clip_grad_norm(): the gradients are not averages yet")
+        packet = torch.zeros(1 + len(scalars), dtype=torch.float64, device=self.device)
+        packet[0] = (torch.stack(self.squares).double() * self.shares).sum()
+        for i, scalar in enumerate(scalars, 1):
+            packet[i] = scalar
+        dist.all_reduce(packet)
+        packet[0].sqrt_()
+        scale = (max_norm / (packet[0] + 1e-6)).clamp(max=1).to(self.dtype)
+        torch._foreach_mul_([piece.param.grad for piece in self.pieces], scale)
+        self.squares = []
+        return packet
+
+    @torch.no_grad()
+    def refresh(self):
+        """Backward masking: asks for the weights that were updated elsewhere.  Forward masking: nothing.
+
+        Each branch waits for its own in the next forward pass, and the module's (load_)state_dict() for all.
+        Call arrive() before you read or write frozen weights in any other way.
+        """
+        self._stale = False
+        self.squares = []                                   # they are of an old update now
+        self.refresher.ask()
+
+    def arrive(self):
+        """Waits until all weights that refresh() asked for are here."""
+        self.refresher.arrive()
 
     def part_of(self, full, piece):
         """What belongs into piece.param, or into its optimizer state, of a full tensor."""
@@ -496,149 +725,6 @@ class Worker:
             dist.all_reduce(whole.view(-1).view(torch.uint8), op=dist.ReduceOp.MAX)
             yield name, whole
 
-
-# -----------------------------------------------------------------------------------------------------------
-# Averaging among real workers
-# -----------------------------------------------------------------------------------------------------------
-# Order.  Two workers may share several groups.  If one began with group A and the other with group B, both
-# could wait for ever.  So all workers go through all messages in one global order, each leaving out those
-# that are not for it.
-
-class Bucket(NamedTuple):
-    """Pieces with the same holders.  Their gradients travel as one message."""
-    holders: tuple
-    pieces: list
-    share: torch.Tensor             # 1/|H_j|, a tensor: torch.compile would make a program for each float
-
-
-class MaskedAllReduce(Worker):
-    """The method on real workers in its plain form: after the backward pass, one message for each holder set.
-
-        sync = MaskedAllReduce(module, masks, layout)
-        optimizer = torch.optim.AdamW([piece.param for piece in sync.pieces])  # views of the module's weights
-
-        loss.backward()
-        sync.finish()                                # piece.param.grad is now the average over the holders
-        sync.clip_grad_norm(1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        sync.refresh()                               # backward masking: new weights for frozen neurons
-
-    module: the subnetwork of this process, rank mod S.  As in DDP, all take the weights of the first worker
-        that holds them, and the module must not be moved or converted later.
-    backward: is it backward masking?
-    timeout: a timedelta, for the process groups that are made here.
-    pieces: what this worker trains.  sent_bytes: what it sends in one update.
-
-    masks, layout and backward must be the same on every rank, or the ranks wait for ever.  The loss must be
-    the mean over this worker's batch.  Parameters in no loss get zeros.  module.zero_grad() drops what a
-    failed backward pass left.  Raises ValueError for what SDP would train wrongly.
-
-    The optimizer steps on pieces (module.parameters() get no gradients).  They are 1-D, so it must treat each
-    number by itself, as SGD and Adam do and Adafactor does not.  Use float32 weights, with autocast for
-    bfloat16.  Do not use torch.amp.GradScaler: it skips updates rank by rank, and the replicas part.  The
-    norm that `clip_grad_norm` returns is the same on all ranks: skip optimizer.step() by that, but not
-    refresh().
-    """
-
-    no_sync = nullcontext           # here the gradients of micro-steps add up until finish()
-    bucket_bytes = math.inf         # a message may have any size
-
-    def __init__(self, module, masks, layout, backward=False, timeout=None):
-        super().__init__(module, masks, layout, backward)
-        self.wire_dtype = self.dtype                        # of gradients in messages
-        # Collective: all ranks make all groups in one order, which is that of the messages too
-        self.groups = {}                                    # holders -> ProcessGroup
-        for piece in self.all_pieces:
-            if piece.holders not in self.groups:
-                workers = [rank for rank in range(self.world) if rank % self.n_subnets in piece.holders]
-                whole = len(workers) == self.world
-                group = dist.group.WORLD if whole else dist.new_group(workers, timeout=timeout)
-                self.groups[piece.holders] = group
-        self.buckets = []
-        for holders, pieces in self._plan_buckets():
-            share = torch.tensor(1 / self.count_workers(holders), dtype=self.dtype, device=self.device)
-            self.buckets.append(Bucket(holders, pieces, share))
-        self.shares = torch.stack([bucket.share for bucket in self.buckets]).double()
-        self.squares = []                                   # sum of squares of each message that has arrived
-        # It brings the weights that are frozen here.  Under forward masking there are none
-        self.refresher = Refresher(self, self.all_pieces if backward else [])
-        self._stale = False                                 # finish() was called, and refresh() was not yet
-        module.is_wrapped = True
-        for piece in self.pieces:
-            dist.broadcast(piece.param.data, group=self.groups[piece.holders], group_src=0)
-        # Frozen copies get the first weights too.  (Not the subclass's refresh, which does not wait)
-        MaskedAllReduce.refresh(self)
-
-    @torch.no_grad()
-    def finish(self):
-        """Makes every piece's gradient the average over the workers that hold it, after the backward pass."""
-        self._begin_finish()
-        for local in self.pieces_in:
-            self._take_gradient(local)
-        for bucket in self.buckets:                         # in one global order
-            message = torch.cat([piece.param.grad for piece in bucket.pieces])
-            message *= bucket.share                         # 1/|H_j| * g_ij
-            dist.all_reduce(message, group=self.groups[bucket.holders])  # sum over i in H_j
-            self._deal_out(bucket, message, torch.dot(message, message))
-
-    def _begin_finish(self):
-        if self._stale:
-            raise RuntimeError("frozen weights may be old: backward masking needs refresh() after finish()")
-        self._stale = bool(self.refresher.exchanges)
-        self.squares = []
-
-    def _deal_out(self, bucket, message, square):
-        """The message has the averages of a bucket's pieces: from now on it is their gradients' memory."""
-        for piece, part in zip(bucket.pieces, message.split([piece.numel for piece in bucket.pieces])):
-            piece.param.grad = part
-        self.squares.append(square)
-
-    @torch.no_grad()
-    def clip_grad_norm(self, max_norm, *scalars):
-        """Scales the gradients so that the *full* model's gradient has at most this norm.
-
-        -> float64 tensor [1 + len(scalars)]: the norm before, and the sum over all workers of each scalar
-        (the loss, a wish to stop).  All travel in one message.  Each parameter counts once: each of the
-        |H_j| workers that hold it adds 1/|H_j| of its square.  If you change gradients after finish(), the
-        norm does not notice.
-        """
-        if len(self.squares) < len(self.buckets):
-            raise RuntimeError("call finish() before clip_grad_norm(): the gradients are not averages yet")
-        packet = torch.zeros(1 + len(scalars), dtype=torch.float64, device=self.device)
-        packet[0] = (torch.stack(self.squares).double() * self.shares).sum()
-        for i, scalar in enumerate(scalars, 1):
-            packet[i] = scalar
-        dist.all_reduce(packet)
-        packet[0].sqrt_()
-        scale = (max_norm / (packet[0] + 1e-6)).clamp(max=1).to(self.dtype)
-        torch._foreach_mul_([piece.param.grad for piece in self.pieces], scale)
-        self.squares = []
-        return packet
-
-    @torch.no_grad()
-    def refresh(self):
-        """Backward masking: brings new weights to those who have them frozen.  Forward masking: nothing."""
-        self._stale = False
-        self.squares = []                                   # they are of an old update now
-        self.refresher.ask()
-        self.refresher.arrive()
-
-    def close(self):
-        """Ends the process groups made here, so that the module can be wrapped again.  Collective."""
-        MaskedAllReduce.refresh(self)                       # or the module would be left with old weights
-        self.module.zero_grad()
-        self.module.is_wrapped = False
-        dist.barrier()                                      # a rank that is still at work needs its groups
-        for group in self.groups.values():
-            if group is not dist.group.WORLD and group is not dist.GroupMember.NON_GROUP_MEMBER:
-                dist.destroy_process_group(group)
-
-    def _plan_buckets(self):
-        """This worker's buckets, (holders, pieces), in the global order: here one for each holder set."""
-        return [(holders, [piece for piece in self.pieces if piece.holders == holders])
-                for holders in self.groups if self.subnet in holders]
-
     @property
     def sent_bytes(self):
         """What this worker sends in one update, in bytes.
@@ -654,125 +740,6 @@ class MaskedAllReduce(Worker):
         """
         reduced = sum(piece.numel * (2 - 2 / self.count_workers(piece.holders)) for piece in self.pieces)
         return reduced * self.wire_dtype.itemsize + self.refresher.sent * self.dtype.itemsize
-
-
-class SubnetDataParallel(MaskedAllReduce):
-    """The same, but messages leave while the backward pass runs, and refreshes arrive in the next forward.
-
-    bucket_bytes: when the pieces of some holder set have so many bytes, new buckets are begun.
-    reduce_dtype: of the gradients in messages; torch.bfloat16 halves the bytes.  Replicas stay bit-identical.
-    compile: torch.compile what is done with each message before and after it travels.
-    """
-
-    def __init__(self, module, masks, layout, backward=False, timeout=None, bucket_bytes=25 * 2**20,
-                 reduce_dtype=None, compile=False):
-        self.bucket_bytes = bucket_bytes
-        super().__init__(module, masks, layout, backward, timeout)
-        self.wire_dtype = reduce_dtype or self.dtype
-        # dynamic: compiled once, not once for each bucket's length
-        self._pack = torch.compile(pack, dynamic=True) if compile else pack
-        self._unpack = torch.compile(unpack, dynamic=True) if compile else unpack
-        self._synchronise = True
-        self._restart()
-        self._hooks = [self.params[local].register_post_accumulate_grad_hook(partial(self._ready, local))
-                       for local in self.pieces_in]
-        self._hooks += self.refresher.hook(self)
-
-    def _plan_buckets(self):
-        """This worker's buckets, (holders, pieces), in the order of sending.
-
-        Go through the pieces in forward order, with one open bucket for each holder set.  When one is full,
-        begin new ones of all sets: buckets leave in this order, and one that stayed open for many layers
-        would hold up all behind it.  The backward pass comes to the pieces in the opposite order, so the list
-        is reversed.  The limit is a quarter at first: these buckets leave last, when little of the backward
-        pass is left to hide them.
-        """
-        buckets = []                                        # of all workers
-        opened = {}
-        filled = Counter()                                  # bytes in each open bucket
-        limit = self.bucket_bytes / 4
-        for piece in self.all_pieces:
-            if filled and max(filled.values()) >= limit:
-                limit = min(2 * limit, self.bucket_bytes)
-                opened = {}
-                filled = Counter()
-            filled[piece.holders] += piece.numel * self.dtype.itemsize
-            if piece.holders not in opened:
-                opened[piece.holders] = []
-                buckets.append((piece.holders, opened[piece.holders]))
-            opened[piece.holders].append(piece)
-        return [(holders, pieces) for holders, pieces in reversed(buckets) if self.subnet in holders]
-
-    def _restart(self):
-        self.squares = []
-        self._taken = set()                                 # parameters whose gradient is complete
-        self._next = 0                                      # the next bucket to send
-        self._flying = []                                   # messages under way
-
-    @contextmanager
-    def no_sync(self):
-        """Around all micro-steps of an update but the last one, whose backward pass synchronises the sum."""
-        outer = self._synchronise                           # False inside of another no_sync()
-        self._synchronise = False
-        try:
-            yield
-        finally:
-            self._synchronise = outer
-
-    @torch.no_grad()
-    def _ready(self, local, _=None):
-        """Autograd calls this when a gradient is complete.  Sends the buckets whose turn has come."""
-        if not self._synchronise:
-            return
-        if local in self._taken:
-            raise RuntimeError("a second backward pass before finish(): put all but the last under no_sync()")
-        self._taken.add(local)
-        self._take_gradient(local)
-        for bucket in self.buckets[self._next:]:
-            if not all(piece.local in self._taken for piece in bucket.pieces):
-                break
-            # A copy, even of one piece: autograd may give a parameter a view of a gradient that flows on
-            packed = torch.cat([piece.param.grad for piece in bucket.pieces])
-            message = self._pack(packed, bucket.share, self.wire_dtype)
-            work = dist.all_reduce(message, group=self.groups[bucket.holders], async_op=True)
-            for piece in bucket.pieces:
-                piece.param.grad = None                     # it is in the message: free its memory
-            self._flying.append((work, message, bucket))
-            self._next += 1
-
-    @torch.no_grad()
-    def finish(self):
-        """As MaskedAllReduce.  RuntimeError if the forward pass did not wait for the refreshed weights."""
-        if not self._synchronise:
-            raise RuntimeError("finish() inside no_sync(): the last micro-step must be outside of it")
-        used = {self.layout[self.slots[local].name][0] for local in self._taken}
-        self.refresher.check(used)                          # did a branch run with old weights?
-        self.arrive()                                       # those of branches that did not run
-        self._begin_finish()
-        for local in self.pieces_in:
-            if local not in self._taken:                    # no gradient came: zeros, as others wait for them
-                self._ready(local)
-        flying = self._flying
-        self._restart()
-        while flying:
-            work, message, bucket = flying.pop(0)
-            work.wait()                                     # on NCCL the stream waits, not the host
-            self._deal_out(bucket, *self._unpack(message, self.dtype))
-
-    @torch.no_grad()
-    def refresh(self):
-        """Backward masking: asks for the weights that were updated elsewhere.
-
-        Each branch waits for its own in the next forward pass, and the module's (load_)state_dict() for all.
-        Call arrive() before you read or write frozen weights in any other way.
-        """
-        self._stale = False
-        self.squares = []
-        self.refresher.ask()
-
-    def arrive(self):
-        """Waits until all weights that refresh() asked for are here."""
-        self.refresher.arrive()
 
     def reset(self):
         """Drops an update, so that you can go on after an exception in the backward pass.  Collective.
@@ -792,9 +759,14 @@ class SubnetDataParallel(MaskedAllReduce):
     def close(self):
         """Removes the hooks and ends the groups, so that the module can be wrapped again.  Collective."""
         self.reset()                                        # after a failed backward pass others may wait
-        super().close()
+        self.arrive()                                       # or the module would be left with old weights
         for hook in self._hooks:
             hook.remove()
+        self.module.is_wrapped = False
+        dist.barrier()                                      # a rank that is still at work needs its groups
+        for group in self.groups.values():
+            if group is not dist.group.WORLD and group is not dist.GroupMember.NON_GROUP_MEMBER:
+                dist.destroy_process_group(group)
 
 
 def pack(gradients, share, dtype):
@@ -1149,6 +1121,12 @@ def check_pieces(all_pieces, n_subnets, subnet, backward):
             if not backward and piece.param is not None:
                 raise ValueError(f"forward masking: the module has neurons of {piece.name} that this worker "
                                  f"does not hold (`rest`); they need backward=True")
+
+
+def check_workers(world, n_subnets):
+    """Raises ValueError if the workers cannot be dealt out to the subnets evenly."""
+    if world % n_subnets:
+        raise ValueError(f"{n_subnets} subnets do not divide the number of workers, {world}")
 
 
 def check_trains(module, places):

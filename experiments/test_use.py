@@ -20,8 +20,8 @@ import model_llama as llama
 import model_resnet as resnet
 import sdp
 from test_sdp import (
-    TINY, TINY_RESNET, _gradients, alone, check_replicas, gathered, make_sync, masks_for, run_on, subnetwork,
-    tokens_for,
+    TINY, TINY_RESNET, Plain, _gradients, alone, check_replicas, gathered, make_sync, masks_for, run_on,
+    subnetwork, tokens_for,
 )
 
 
@@ -384,7 +384,7 @@ def _gradient_below_a_view(kind, options):
 
 def test_the_gradients_memory_may_be_shared_with_one_that_is_still_to_flow_on():
     for nbytes in 1, 1000:                                  # a bucket for each parameter, and one for both
-        plain = run_on(2, _gradient_below_a_view, sdp.MaskedAllReduce, {})[0]
+        plain = run_on(2, _gradient_below_a_view, Plain, {})[0]
         overlapped = run_on(2, _gradient_below_a_view, sdp.SubnetDataParallel, {"bucket_bytes": nbytes})[0]
         for name, grad in plain.items():
             torch.testing.assert_close(overlapped[name], grad, rtol=0, atol=1e-6)
@@ -409,7 +409,7 @@ def test_gather_takes_states_of_another_dtype_and_parameters_without_dimensions(
 def _gathered_states():
     rank = dist.get_rank()
     net = sdp.materialize(Net(int(NET_MASKS["inside"][:, rank].sum())), NET_MASKS, NET, rank, net_value)
-    sync = sdp.MaskedAllReduce(net, NET_MASKS, NET)
+    sync = sdp.SubnetDataParallel(net, NET_MASKS, NET)
     full = gathered(sync, [torch.full_like(piece.param, 7, dtype=torch.float64) for piece in sync.pieces])
     for piece in sync.pieces:                                   # cut is the way back
         sevens = torch.full_like(piece.param, 7, dtype=torch.float64)
@@ -537,7 +537,7 @@ def test_the_compiled_path_is_the_eager_one_to_rounding_in_float32_too():
     results = []
     for compile in False, True:
         options = {"bucket_bytes": 4000, "compile": compile}
-        results.append(run_on(2, _gradients, sdp.SubnetDataParallel, masks, True, options)[0][0])
+        results.append(run_on(2, _gradients, sdp.SubnetDataParallel, masks, True, options)[0])
     for eager, compiled in zip(*results, strict=True):
         for name, grad in eager.items():
             torch.testing.assert_close(compiled[name], grad, rtol=0, atol=1e-6)
