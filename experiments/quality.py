@@ -99,7 +99,7 @@ def rows():
             out["ddp-6-workers"] = Row(workers=6)
             for level in "block", "neuron":
                 out[f"backward-{level}-6"] = Row(level=level, held=6, backward=True)
-    for factor in 2, 4, 8:
+    for factor in 2, 4, 8, 16, 32:
         out[f"ddp-batch-x{factor}"] = Row(batch=2 * factor)
     for factor in 2, 4:
         for level in "block", "neuron":
@@ -127,6 +127,9 @@ def rows():
         out[f"ddp-{layers}-layers"] = deep
         for level in "block", "neuron":
             out[f"{level}-6-{layers}-layers-flops"] = replace(deep, level=level, held=6, flops=True)
+            ends = replace(deep, level=level, held=5, flops=True, ends=True)
+            out[f"{level}-5-ends-{layers}-layers-flops"] = ends
+            out[f"{level}-5-ends-early-3-{layers}-layers-flops"] = replace(ends, early=3)
     for prefix, images in ("resnet", "shapes"), ("digits", "digits"):
         out[f"{prefix}-ddp"] = Row("resnet", images, batch=8)
         for level in "block", "neuron":
