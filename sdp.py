@@ -33,20 +33,26 @@ The words:
     neuron      the smallest part that is held or not: a head, a hidden unit, a channel
     subnet      the number of a subnetwork, 0 to S-1
     held        a worker holds the neurons of its subnetwork: it trains them
-    holders     of a neuron: the *subnets* that hold it, a sorted tuple, also called a holder set.
-                H_j are the *workers* that do: W/S for each of these subnets
+    holders     of a neuron: the subnets that hold it, a sorted tuple, also called a holder set.
+                With S = W, which is usual, these are the workers H_j; else W/S workers for each subnet
     coverage    C = number of holders / S
     frozen      under backward masking a worker also has the neurons it does not hold; they do not train there
     refresh     workers that hold neurons send the new weights to those that have them frozen
-    piece       what one holder set has of one parameter: one stretch of memory, a 1-D tensor
-    local       a parameter's name in this worker's subnetwork; `name` is that of the full parameter
 
-The file has the method four times, each time closer to the machine: `naive_masked_average`, which needs
-full-size tensors; `Simulation`, all workers in one process; `MaskedAllReduce`, real workers, one message
-for each holder set; and `SubnetDataParallel`, whose messages leave while the backward pass still runs.  You
-can stop after `MaskedAllReduce` and have the method.  Then come `Refresher`, for backward masking alone, and
-`stream`, which evaluates the full model.  Appendix 1 has more masks, finds balanced ones, and describes any.
-Appendix 2 is about refusals.
+The file has the method four times, each time closer to the machine:
+
+    naive_masked_average    the formula, on full-size tensors
+    Simulation              all workers in one process, one after another
+    MaskedAllReduce         real workers; after the backward pass, one message for each holder set.
+                            You can stop here and have the method
+    SubnetDataParallel      what train.py uses: messages leave while the backward pass still runs
+
+Then come `Refresher`, for backward masking alone, and `stream`, which evaluates the full model.  Appendix 1
+has more masks, finds balanced ones, and describes any.  Appendix 2 is about refusals.
+
+Processes talk by collectives of torch.distributed.  A rank is the number of a process, a group is a set of
+ranks.  A collective returns when all ranks of its group have called it, so all must call the same ones in the
+same order.  all_reduce: each gives a tensor, and each gets the sum.  broadcast: one gives, the others get.
 """
 
 import hashlib
@@ -71,7 +77,7 @@ def naive_masked_average(grad, holds):
 
     grad [neurons, ...] of this worker; holds bool [neurons]: which it holds.  Some worker holds each neuron.
     """
-    holds = holds.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1))
+    holds = holds.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1))  # [neurons, 1, ...]
     total = grad * holds                                    # zeros from those who do not hold
     count = holds.clone()
     dist.all_reduce(total)                                  # sum over i in H_j of g_ij
@@ -109,11 +115,9 @@ def held_counts(masks, subnet):
 def branch_scales(masks, subnet):
     """{branch: what forward masking multiplies this subnet's branch by}: 1/C where the coverage is C.
 
-    A neuron with h holders is in h of the S subnetworks.  Times S/h, the mean over all subnetworks is the
-    full model's branch, for one input.  Dropout and stochastic depth (arXiv 1603.09382) scale for the same
-    reason.  A branch has one factor: the mean of S/h over its neurons held here, so this is exact where they
-    all have equally many holders.  It multiplies the sum over the neurons, not a bias added to the sum.  It
-    multiplies their gradients too, which Adam does not notice, as it divides them by their size.
+    A neuron n with h holders is in h of the S subnetworks.  Times S/h, the mean over the subnetworks is that
+    of the full model, for one input: h/S * S/h f_n = f_n.  Dropout and stochastic depth (arXiv 1603.09382)
+    scale for the same reason.  A branch has one factor: the mean of S/h over its neurons held here.
     """
     scales = {}
     for branch, mask in masks.items():
@@ -136,7 +140,7 @@ def holder_sets(masks):
         alone = ~mask.any(1)
         if alone.any():
             raise ValueError(f"mask of {name}: no subnet holds neuron {int(alone.nonzero()[0])}")
-        rows, inverse = mask.unique(dim=0, return_inverse=True)
+        rows, inverse = mask.unique(dim=0, return_inverse=True)  # different rows; which one each neuron has
         numbers = [sets.setdefault(tuple(row.nonzero().flatten().tolist()), len(sets)) for row in rows]
         which[name] = torch.tensor(numbers)[inverse]
     return list(sets), which
@@ -158,7 +162,12 @@ def branch_holders(mask):
 # A subnet keeps its neurons sorted by holder set.  (A branch is a sum, so their order does not matter.)
 # And each cut parameter lies in memory neuron by neuron: one that is cut by columns (down_proj) is stored
 # column after column, like a transposed tensor.  So what one holder set has of a parameter is one stretch of
-# memory: a piece.  Averaging, optimizer and refreshes need no dimensions.
+# memory, a 1-D tensor: a *piece*.  Averaging, optimizer and refreshes need no dimensions.  An example, subnet
+# 0 of 3 with neurons 0, 1, 4, 5, two numbers each:
+#
+#     held by                   0 and 2: neurons 0 and 5            0 and 1: neurons 1 and 4
+#     in memory                 n0 n0 n5 n5                         n1 n1 n4 n4
+#                               a piece, averaged with subnet 2     a piece, averaged with subnet 1
 #
 # Under backward masking, modules whose path has the part `rest` have the frozen neurons: a.rest.b.weight is
 # cut from the full model's a.b.weight, and the branch is held(x) + rest(x).
@@ -167,7 +176,7 @@ class Slot(NamedTuple):
     """Where a parameter of a subnetwork lies in the full model."""
     name: str                       # of the full parameter
     dim: int | None                 # the dimension that is cut; None: the parameter is whole
-    rows: torch.Tensor | None       # its rows in the full parameter along dim
+    rows: torch.Tensor | None       # where they are in the full parameter along dim (columns, if it is 1)
     trains: bool                    # False: frozen here (backward masking)
 
 
@@ -185,15 +194,16 @@ def slots(module, masks, layout, subnet):
         check_place(local, name, frozen, masks, layout)
         branch, dim, shape = layout[name]
         if dim is None:
-            # A norm is outside of held and rest.  It trains where some neuron of its branch does
+            # A norm is outside of held and rest.  It trains where some neuron of its branch does, else not
             slot = Slot(name, None, None, branch is None or bool(masks[branch][:, subnet].any()))
         else:
             mask = masks[branch]
-            neurons = which[branch].argsort(stable=True)    # sorted by holder set
+            neurons = which[branch].argsort(stable=True)    # all of the branch, sorted by holder set
             holds = mask[neurons, subnet]
-            neurons = neurons[~holds if frozen else holds]
-            each = shape[dim] // len(mask)                  # rows of one neuron
-            rows = (neurons[:, None] * each + torch.arange(each)).flatten()
+            neurons = neurons[~holds if frozen else holds]  # in the example: 0, 5, 1, 4
+            each = shape[dim] // len(mask)                  # rows of one neuron: 2
+            rows = neurons[:, None] * each + torch.arange(each)
+            rows = rows.flatten()                           # 0, 1, 10, 11, 2, 3, 8, 9
             slot = Slot(name, dim, rows, not frozen)
             shape = (*shape[:dim], len(rows), *shape[dim + 1:])
         if p.shape != torch.Size(shape):
@@ -242,7 +252,7 @@ class Simulation:
         for local, slot in self.slots[subnet].items():
             full = self.full[slot.name] if slot.trains else self.full[slot.name].detach()
             weights[local] = cut(full, slot)
-        return functional_call(self.modules[subnet], weights, inputs)
+        return functional_call(self.modules[subnet], weights, inputs)  # runs the module with these weights
 
     @torch.no_grad()
     def finish(self):
@@ -254,6 +264,7 @@ class Simulation:
             elif dim is None:
                 count = self.masks[branch].any(0).sum()
             else:
+                # Each neuron's number of holders, for each of its rows, shaped to lie along dim
                 count = self.masks[branch].sum(1).repeat_interleave(shape[dim] // len(self.masks[branch]))
                 count = count.view([-1 if d == dim else 1 for d in range(len(shape))])
             if p.grad is None:
@@ -265,7 +276,7 @@ class Simulation:
         norm = nn.utils.clip_grad_norm_(self.full.values(), max_norm)
         return torch.tensor([norm, *scalars], dtype=torch.float64, device=self.device)
 
-    # The rest is there so that it can take the place of the classes below
+    # The rest is there so that it can take the place of SubnetDataParallel, which explains it
 
     no_sync = nullcontext
     sent_bytes = 0
@@ -286,7 +297,7 @@ class Simulation:
         return full
 
     def gather(self, tensors=None, under=""):
-        """Yields (full name, full tensor), for names that begin with `under`; see Worker."""
+        """Yields (full name, full tensor), for names that begin with `under`."""
         for name, tensor in zip(self.full, tensors or self.full.values()):
             if name.startswith(under):
                 yield name, tensor.detach()
@@ -344,16 +355,20 @@ def put(module, name, parameter):
 
 
 class Piece(NamedTuple):
-    """A piece, and where it is in this process.  All its holders have the same bits."""
-    name: str                       # of the full parameter
+    """What one holder set has of one parameter, and where it is in this process.
+
+    All its holders have the same bits.  name: of the full parameter; local: the name of this process's
+    parameter that has the piece, trained or frozen, or None if it is not here.
+    """
+    name: str
     holders: tuple                  # subnets
     numel: int
-    local: str | None               # this process's parameter that has it, trained or frozen; or None
+    local: str | None
     param: nn.Parameter | None      # [numel], in the memory of `local`; the optimizer steps on it
 
 
 def flat(tensor, slot):
-    """A parameter's or gradient's numbers, neuron by neuron: 1-D, a view if they lie so in memory."""
+    """A parameter's or gradient's numbers, neuron by neuron: 1-D, a view if they lie so, else a copy."""
     if slot.dim is not None:
         tensor = tensor.movedim(slot.dim, 0)
     return tensor.reshape(-1)
@@ -383,7 +398,8 @@ def find_pieces(params, places, masks, layout, subnet):
     """All pieces of the full model in forward order, with their place in this process's module.
 
     params: its parameters; places: its `slots`.  A full parameter is in at most two parameters here: the
-    trained one, and the one in `rest`.  Each piece takes the next `numel` numbers of one of them.
+    trained one, and the one in `rest`.  Each piece takes the next `numel` numbers of one of them, as
+    `pieces_of` and `slots` have the holder sets in the same order.
     """
     here = {(slot.name, slot.trains): local for local, slot in places.items()}
     # Views: what the optimizer writes into a piece, it writes into the module
@@ -400,9 +416,9 @@ def find_pieces(params, places, masks, layout, subnet):
     return out
 
 
-# Order.  Two workers may share several groups.  If one began with group A and the other with group B, both
-# could wait for ever.  So all workers go through all messages in one global order, each leaving out those
-# that are not for it.
+# Order.  Workers 0 and 1 may share the groups (0, 1) and (0, 1, 2).  If worker 0 began with the one and
+# worker 1 with the other, both would wait for ever.  So all workers go through all messages in one global
+# order, each leaving out those that are not for it.
 
 class MaskedAllReduce:
     """The method on real workers in its plain form: after the backward pass, one message for each holder set.
@@ -416,8 +432,8 @@ class MaskedAllReduce:
         optimizer.zero_grad()
         sync.refresh()                               # backward masking: new weights for frozen neurons
 
-    module: the subnetwork of this process, rank mod S.  As in DDP, all take the weights of the first worker
-        that holds them, and the module must not be moved or converted later.
+    module: the subnetwork of this process, rank mod S.  As in DDP, all begin with the weights of the first
+        worker that holds them, and the module must not be moved or converted later.
     backward: is it backward masking?
     timeout: a timedelta, for the process groups that are made here.
     pieces: what this worker trains.  all_pieces: those of the full model, whether they are here or not.
@@ -425,10 +441,6 @@ class MaskedAllReduce:
     masks, layout and backward must be the same on every rank, or the ranks wait for ever.  The loss must be
     the mean over this worker's batch.  Parameters in no loss get zeros.  Raises ValueError for what SDP would
     train wrongly.
-
-    The optimizer steps on pieces (module.parameters() get no gradients).  They are 1-D, so it must treat each
-    number by itself, as SGD and Adam do and Adafactor does not.  Use float32 weights, with autocast for
-    bfloat16.  Do not use torch.amp.GradScaler: it skips updates rank by rank, and the replicas part.
     """
 
     def __init__(self, module, masks, layout, backward=False, timeout=None):
@@ -463,9 +475,10 @@ class MaskedAllReduce:
                 whole = len(workers) == self.world
                 group = dist.group.WORLD if whole else dist.new_group(workers, timeout=timeout)
                 self.groups[piece.holders] = group
-        for piece in self.pieces:
-            dist.broadcast(piece.param.data, group=self.groups[piece.holders], group_src=0)
-        MaskedAllReduce.refresh(self)                       # (not the subclass's, which does not wait)
+        for piece in self.all_pieces:                       # all that have it begin with its first holder's
+            if piece.param is not None:
+                group = dist.group.WORLD if backward else self.groups[piece.holders]
+                dist.broadcast(piece.param.data, src=piece.holders[0], group=group)
 
     def count_workers(self, holders):
         """|H_j|: W/S workers train each subnet."""
@@ -535,6 +548,10 @@ class SubnetDataParallel(MaskedAllReduce):
 
     `clip_grad_norm` comes after finish().  The norm that it returns is the same on all ranks: you may skip
     optimizer.step() by that, but not refresh().
+
+    The optimizer steps on pieces (module.parameters() get no gradients).  They are 1-D, so it must treat each
+    number by itself, as SGD and Adam do and Adafactor does not.  Use float32 weights, with autocast for
+    bfloat16.  Do not use torch.amp.GradScaler: it skips updates rank by rank, and the replicas part.
     """
 
     def __init__(self, module, masks, layout, backward=False, timeout=None, bucket_bytes=25 * 2**20,
@@ -618,7 +635,7 @@ class SubnetDataParallel(MaskedAllReduce):
         for bucket in self.buckets[self._next:]:
             if not all(piece.local in self._taken for piece in bucket.pieces):
                 break
-            # A copy, even of one piece: autograd may give a parameter a view of a gradient that flows on
+            # A copy, even of one piece: in x + p[None], p gets a view of the gradient that flows on to x
             packed = torch.cat([piece.param.grad for piece in bucket.pieces])
             message = self._pack(packed, bucket.share, self.wire_dtype)
             work = dist.all_reduce(message, group=self.groups[bucket.holders], async_op=True)
@@ -809,10 +826,11 @@ class Refresher:
             for subnet in piece.holders:
                 load[subnet] += piece.numel * (2 - 2 / sync.count_workers(piece.holders))
         self.exchanges = []                                 # in forward order
+        size = limit                                        # numbers in the last exchange
         for piece, subnet in product(all_pieces, range(sync.n_subnets)):
             if subnet in piece.holders:
                 continue
-            if not self.exchanges or size >= limit:
+            if size >= limit:
                 size = 0
                 sends = [[] for _ in range(sync.world)]
                 gets = [[] for _ in range(sync.world)]
