@@ -17,7 +17,6 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 
@@ -93,7 +92,7 @@ def layout(c):
     out = {}
     for name, p in full.named_parameters():
         words = name.split(".")                                      # model.layers.0.mlp.up_proj.weight
-        out[name] = None, None, p.shape
+        out[name] = None, None, p.shape                              # if it is in no branch
         for branch, dims in DIMS.items():
             if words[-2] in dims:
                 out[name] = ".".join([*words[:3], branch]), dims[words[-2]], p.shape
@@ -104,7 +103,7 @@ def init(c, name, tensor, generator):
     """Fills one full parameter in place: norms with 1, the rest at random (GPT-2's rule)."""
     if "norm" in name:
         tensor.fill_(1.0)
-    elif "o_proj" in name or "down_proj" in name:                    # so many branches add to the stream
+    elif "o_proj" in name or "down_proj" in name:                    # small, as 2 branches a layer add to x
         tensor.normal_(0.0, 0.02 / (2 * c.num_hidden_layers) ** 0.5, generator=generator)
     else:
         tensor.normal_(0.0, 0.02, generator=generator)
@@ -165,25 +164,26 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Attention and MLP, each behind its RMSNorm: x + scale * f(norm(x)).
 
-    held, rest: (KV heads, hidden units).  The held neurons train.  Under backward masking the layer also runs
-    all the others, frozen: the child `rest` has them, and f is held(x) + rest(x).  scales: of both branches.
+    n_held, n_rest: numbers of (KV heads, hidden units).  The held neurons train.  Under backward masking the
+    layer also runs all the others: the child `rest` has them, sdp.py freezes them, and f is held(x) + rest(x).
+    scales: of both branches.
     """
 
-    def __init__(self, c, held, rest, scales):
+    def __init__(self, c, n_held, n_rest, scales):
         super().__init__()
         self.config, self.scales = c, scales
         norm = partial(nn.RMSNorm, c.hidden_size, c.rms_norm_eps)
-        self.input_layernorm = norm() if held[0] + rest[0] else None
-        self.self_attn = Attention(c, held[0]) if held[0] else None
-        self.post_attention_layernorm = norm() if held[1] + rest[1] else None
-        self.mlp = MLP(c, held[1]) if held[1] else None
+        self.input_layernorm = norm() if n_held[0] + n_rest[0] else None
+        self.self_attn = Attention(c, n_held[0]) if n_held[0] else None
+        self.post_attention_layernorm = norm() if n_held[1] + n_rest[1] else None
+        self.mlp = MLP(c, n_held[1]) if n_held[1] else None
         self.rest = nn.Module()
-        self.rest.self_attn = Attention(c, rest[0]) if rest[0] else None
-        self.rest.mlp = MLP(c, rest[1]) if rest[1] else None
+        self.rest.self_attn = Attention(c, n_rest[0]) if n_rest[0] else None
+        self.rest.mlp = MLP(c, n_rest[1]) if n_rest[1] else None
 
     def forward(self, x, rope=None):
         if self.input_layernorm:                                     # None: the branch is absent, x <- x
-            if rope is None:                                         # the layer runs alone, see `stages`
+            if rope is None:                                         # evaluation runs layers one by one
                 rope = rope_table(x.shape[1], self.config, x.device)
             normed = self.input_layernorm(x)
             for part in filter(None, (self.self_attn, self.rest.self_attn)):
@@ -246,15 +246,15 @@ class Llama(nn.Module):
         x = self.model.norm(x)
         if targets is None:
             return self.lm_head(x)
+        if targets.numel() * self.config.vocab_size <= MAX_LOGITS:
+            return loss(self.lm_head(x), targets)
         # Logits are by far the largest tensor, and the loss would hold three: them, their softmax, their
-        # gradient.  So only some rows are alive at a time, computed once more in the backward pass
-        x, y, rows = x.flatten(0, 1), targets.flatten(), MAX_LOGITS // self.config.vocab_size
-        if len(y) <= rows:
-            return loss(self.lm_head(x), y)
-        # The weight is an argument, as by then a functional_call around this may have put others back
-        head = self.lm_head, self.lm_head.weight
-        parts = zip(x.split(rows), y.split(rows))
-        return sum(checkpoint(summed_loss, *xy, *head, use_reentrant=False) for xy in parts) / len(y)
+        # gradient.  So only those of some tokens are alive at a time, and computed again in the backward pass
+        total = 0.0
+        tokens_at_once = MAX_LOGITS // self.config.vocab_size
+        for xs, ys in zip(x.flatten(0, 1).split(tokens_at_once), targets.flatten().split(tokens_at_once)):
+            total += checkpoint(summed_loss, xs, ys, self.lm_head.weight, use_reentrant=False)
+        return total / targets.numel()
 
     @torch.no_grad()
     def generate(self, tokens, count, temperature=0.8, generator=None):
@@ -271,5 +271,6 @@ def loss(logits, targets):
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
-def summed_loss(x, y, head, weight):
-    return loss(functional_call(head, {"weight": weight}, x), y) * len(y)
+def summed_loss(x, targets, head_weight):
+    """The weight is an argument: when this is computed again, sdp.Simulation may have put another in."""
+    return loss(F.linear(x, head_weight), targets) * len(targets)
