@@ -109,9 +109,9 @@ class Tokens:
             lengths = torch.tensor([len(tokens) - self.seq_len for tokens in shards])
             ends = lengths.cumsum(0)
             rng = seeded(self.seed, step, worker, workers)
-            starts = torch.randint(int(ends[-1]), (self.batch_size,), generator=rng)
-            which = torch.searchsorted(ends, starts, right=True)
-            starts -= (ends - lengths)[which]
+            starts = torch.randint(int(ends[-1]), (self.batch_size,), generator=rng)  # as if in one shard
+            which = torch.searchsorted(ends, starts, right=True)     # the shard in which each window begins
+            starts -= (ends - lengths)[which]                        # and where in it
         else:
             first = (step * workers + worker) * self.batch_size
             sequences = torch.arange(self.val_count)[first:first + self.batch_size]
@@ -144,8 +144,9 @@ def load_text(name, batch_size, seq_len, seed):
     if paths[0].suffix != ".bin":
         raise UserError(f"unknown --data {name}: use stdlib, fineweb, a .bin token file, {', '.join(IMAGES)}")
     shards = [read_bin(path) for path in paths]
+    # Validation: d/mine_val.bin beside d/mine_train.bin, fineweb_val_000000.bin beside ..._train_000001.bin
     before, word, after = paths[0].name.rpartition("train")
-    beside = paths[0].with_name(f"{before}val" + re.sub(r"\d", "0", after))     # its number, if any, is 0
+    beside = paths[0].with_name(f"{before}val" + re.sub(r"\d", "0", after))
     if word and beside.exists():
         shards.append(read_bin(beside))
         validation = str(beside)
@@ -154,10 +155,11 @@ def load_text(name, batch_size, seq_len, seed):
         edge = len(tokens) * 9 // 10
         shards += [(tokens[:edge], vocab_size), (tokens[edge:], vocab_size)]
         validation = f"the last tenth of {paths[-1]}"
-    (*train, val), vocab_sizes = zip(*shards)
-    if len(set(vocab_sizes)) > 1:
-        raise UserError(f"the shards of {name} have different vocabularies: {sorted(set(vocab_sizes))}")
-    return Tokens({"train": train, "val": [val]}, vocab_sizes[0], batch_size, seq_len, seed, validation)
+    *train, val = [tokens for tokens, _ in shards]
+    vocab_sizes = {vocab_size for _, vocab_size in shards}
+    if len(vocab_sizes) > 1:
+        raise UserError(f"the shards of {name} have different vocabularies: {sorted(vocab_sizes)}")
+    return Tokens({"train": train, "val": [val]}, vocab_sizes.pop(), batch_size, seq_len, seed, validation)
 
 
 # Images --------------------------------------------------------------------------------------------------
@@ -194,7 +196,7 @@ class Images:
         if split == "val":
             which = place[place < len(labels)]
         else:
-            epochs = (place // len(labels)).unique().tolist()
+            epochs = (place // len(labels)).unique().tolist()        # at an epoch's end also the next
             seeds = [seeded(self.seed, "epoch", epoch) for epoch in epochs]
             order = torch.cat([torch.randperm(len(labels), generator=rng) for rng in seeds])
             which = order[place - epochs[0] * len(labels)]

@@ -6,7 +6,9 @@ Trains a LLaMA or a ResNet-18 with Subnetwork Data Parallelism.
     python train.py --subnets 8                               the same method, simulated in one process
     python train.py --resume --out-dir out --sample "def "    prints text from a checkpoint
 
-In reading order: flags; `train`, the whole run; then what it calls.
+In reading order: flags; `train`, the whole run; from flags to workers.  The rest is the house around it, which
+you can leave out at first: what is printed, evaluation, checkpoints, and the processes, where RANK and WORLD
+are this process's number and how many there are.  `say` prints on rank 0; `on_rank_0` works there alone.
 """
 
 import argparse
