@@ -307,53 +307,6 @@ class Simulation:
 # Real workers: one process and one subnetwork each
 # -----------------------------------------------------------------------------------------------------------
 
-def seeded(*what):
-    """A CPU random generator that is a function of `what` alone, on any machine and in any process."""
-    digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # below 2^63
-
-
-def fresh(layout, init, seed):
-    """value(full name) -> initial value.  It depends on (seed, name) alone: all masks start from one model.
-
-    init(name, tensor, generator) fills a full tensor in place.
-    """
-    @torch.no_grad()
-    def value(name):
-        tensor = torch.empty(layout[name][2])
-        init(name, tensor, seeded(seed, name))
-        return tensor
-    return value
-
-
-def materialize(module, masks, layout, subnet, value, device="cpu"):
-    """Gives a subnetwork built on the meta device its weights, cut from value(full name), one at a time.
-
-    Parameters that are frozen here get requires_grad=False.  Returns the module.  Raises ValueError if a
-    buffer is on the meta device too, as nothing says what its value is; and if a parameter that trains here
-    has requires_grad=False.
-    """
-    places = slots(module, masks, layout, subnet)
-    check_trains(module, places)
-    for name, buffer in module.named_buffers():
-        if buffer.is_meta:
-            raise ValueError(f"buffer {name} is on the meta device: make constants in forward, or give "
-                             f"torch.zeros and the like device='cpu' there")
-    made = {}                                               # tied parameters stay tied
-    for local, p in list(module.named_parameters(remove_duplicate=False)):
-        if p not in made:
-            weight = cut(value(places[local].name), places[local]).to(device, copy=True)
-            made[p] = nn.Parameter(weight, requires_grad=places[local].trains)
-        put(module, local, made[p])
-    return module
-
-
-def put(module, name, parameter):
-    """Makes `parameter` the module's parameter called `name`."""
-    path, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(path), leaf, parameter)
-
-
 class Piece(NamedTuple):
     """What one holder set has of one parameter, and where it is in this process.
 
@@ -432,8 +385,8 @@ class MaskedAllReduce:
         optimizer.zero_grad()
         sync.refresh()                               # backward masking: new weights for frozen neurons
 
-    module: the subnetwork of this process, rank mod S.  As in DDP, all begin with the weights of the first
-        worker that holds them, and the module must not be moved or converted later.
+    module: the subnetwork of this process, rank mod S, as `materialize` makes it.  As in DDP, all begin with
+        the weights of the first worker that holds them, and it must not be moved or converted later.
     backward: is it backward masking?
     timeout: a timedelta, for the process groups that are made here.
     pieces: what this worker trains.  all_pieces: those of the full model, whether they are here or not.
@@ -517,8 +470,8 @@ class MaskedAllReduce:
     @torch.no_grad()
     def refresh(self):
         """Backward masking: brings new weights to those who have them frozen.  Forward masking: nothing."""
-        for piece in self.all_pieces if self.backward else []:
-            if len(piece.holders) < self.n_subnets:         # some subnet has it frozen
+        for piece in self.all_pieces:
+            if self.backward and len(piece.holders) < self.n_subnets:  # some subnet has it frozen
                 dist.broadcast(piece.param.data, src=piece.holders[0])
 
 
@@ -526,6 +479,57 @@ def deal_out(message, pieces):
     """The message has the averages of these pieces: from now on it is their gradients' memory."""
     for piece, part in zip(pieces, message.split([piece.numel for piece in pieces])):
         piece.param.grad = part
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The first weights
+# -----------------------------------------------------------------------------------------------------------
+
+def seeded(*what):
+    """A CPU random generator that is a function of `what` alone, on any machine and in any process."""
+    digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # below 2^63
+
+
+def fresh(layout, init, seed):
+    """value(full name) -> initial value.  It depends on (seed, name) alone: all masks start from one model.
+
+    init(name, tensor, generator) fills a full tensor in place.
+    """
+    @torch.no_grad()
+    def value(name):
+        tensor = torch.empty(layout[name][2])
+        init(name, tensor, seeded(seed, name))
+        return tensor
+    return value
+
+
+def materialize(module, masks, layout, subnet, value, device="cpu"):
+    """Gives a subnetwork built on the meta device its weights, cut from value(full name), one at a time.
+
+    Parameters that are frozen here get requires_grad=False.  Returns the module.  Raises ValueError if a
+    buffer is on the meta device too, as nothing says what its value is; and if a parameter that trains here
+    has requires_grad=False.
+    """
+    places = slots(module, masks, layout, subnet)
+    check_trains(module, places)
+    for name, buffer in module.named_buffers():
+        if buffer.is_meta:
+            raise ValueError(f"buffer {name} is on the meta device: make constants in forward, or give "
+                             f"torch.zeros and the like device='cpu' there")
+    made = {}                                               # tied parameters stay tied
+    for local, p in list(module.named_parameters(remove_duplicate=False)):
+        if p not in made:
+            weight = cut(value(places[local].name), places[local]).to(device, copy=True)
+            made[p] = nn.Parameter(weight, requires_grad=places[local].trains)
+        put(module, local, made[p])
+    return module
+
+
+def put(module, name, parameter):
+    """Makes `parameter` the module's parameter called `name`."""
+    path, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(path), leaf, parameter)
 
 
 # -----------------------------------------------------------------------------------------------------------
