@@ -68,6 +68,7 @@ class Row:
     held: int = 8               # k of the coverage k/S
     subnets: int = 8            # S
     flops: bool = False         # FLOP-matched; else as many updates as DDP
+    slowest: bool = False       # it counts as if all workers had as much to do as the slowest, for which they wait
     backward: bool = False      # backward masking instead of forward masking
     scaled: bool = True         # forward masking multiplies branches by sdp.branch_scales
     workers: int = WORKERS
@@ -95,6 +96,9 @@ def rows():
                 out[f"{level}-6-unscaled-flops"] = Row(level=level, held=6, flops=True, scaled=False)
             out["stochastic-depth-6-flops"] = Row(level="block", held=6, flops=True, draw="coin", redraw=1)
             out["small-6-layers-flops"] = Row(layers=6, flops=True)
+            out["ddp-half-batch-flops"] = Row(batch=1, flops=True)
+            for level in "block", "neuron":
+                out[f"{level}-6-half-batch-flops"] = Row(level=level, held=6, batch=1, flops=True)
             out["ddp-6-workers-flops"] = Row(workers=6, flops=True)
             out["ddp-6-workers"] = Row(workers=6)
             for level in "block", "neuron":
@@ -117,7 +121,10 @@ def rows():
     out["neuron-6-ends-flops"] = replace(neuron, held=5, ends=True, lr_of="")
     for name in "block-6-ends", "neuron-6-ends", "block-6", "neuron-6":
         out[f"{name}-early-3-flops"] = replace(out[f"{name}-flops"], early=3)  # of 8 at first
-    out["block-6-ends-early-3-batch-x4-flops"] = replace(out["block-6-ends-early-3-flops"], batch=8)
+    early = out["block-6-ends-early-3-flops"]
+    out["block-6-ends-early-3-slowest-flops"] = replace(early, slowest=True)
+    out["block-6-ends-early-3-batch-x4-flops"] = replace(early, batch=8)
+    out["neuron-6-ends-early-3-half-batch-flops"] = replace(out["neuron-6-ends-early-3-flops"], batch=1)
     out["ddp-6-workers-early-3-flops"] = Row(workers=6, flops=True, early=3)
     for row in block, neuron:
         for percent in 10, 20:
@@ -127,9 +134,6 @@ def rows():
         out[f"ddp-{layers}-layers"] = deep
         for level in "block", "neuron":
             out[f"{level}-6-{layers}-layers-flops"] = replace(deep, level=level, held=6, flops=True)
-            ends = replace(deep, level=level, held=5, flops=True, ends=True)
-            out[f"{level}-5-ends-{layers}-layers-flops"] = ends
-            out[f"{level}-5-ends-early-3-{layers}-layers-flops"] = replace(ends, early=3)
     for prefix, images in ("resnet", "shapes"), ("digits", "digits"):
         out[f"{prefix}-ddp"] = Row("resnet", images, batch=8)
         for level in "block", "neuron":
@@ -359,6 +363,12 @@ def everything(branches):
     return {name: torch.ones(neurons, 1, dtype=torch.bool) for name, (_, neurons, *_) in branches.items()}
 
 
+def masks_at(row, seed, drawing):
+    """Who holds what, under plain data parallelism too."""
+    branches = FAMILY[row.model].branches(config_of(row))
+    return masks_of(row, branches, seed, drawing) if row.level else everything(branches)
+
+
 def subnetwork(row, held):
     """A subnetwork on the meta device, without scales of its branches."""
     with torch.device("meta"):
@@ -379,18 +389,31 @@ def flops_of_worker(row, held):
     return measure_flops(module, (x, y))
 
 
-def flops_of(row, masks):
-    """FLOPs of one update, of all workers."""
+def flops_of(row, masks, slowest=False):
+    """FLOPs of one update, of all workers; or, if each had as much to do as the slowest."""
     n_subnets = next(iter(masks.values())).shape[1]
     helds = [sdp.held_counts(masks, subnet) for subnet in range(n_subnets)]
     of_each = [flops_of_worker(row, tuple(held.items())) for held in helds]
-    return sum(of_each) / n_subnets * row.workers
+    return (max(of_each) if slowest else sum(of_each) / n_subnets) * row.workers
+
+
+def flops_of_update(row, seed, slowest=False):
+    """The same, as the mean over all updates of a run."""
+    if row.draw == "coin":                                           # as many as balanced ones on average
+        row = replace(row, draw="balanced")
+    flops = flops_of(row, masks_at(row, seed, 0), slowest)
+    if row.early:
+        first = first_half(row)
+        flops = (flops_of(first, masks_at(first, seed, 1), slowest) + flops) / 2
+    if row.finish:
+        backward = flops_of(replace(row, backward=True), masks_at(row, seed, 0), slowest)
+        flops += row.finish * (backward - flops)
+    return flops
 
 
 def parameters_of(row):
     """Number of parameters of the largest worker."""
-    branches = FAMILY[row.model].branches(config_of(row))
-    masks = masks_of(row, branches, 0, 0) if row.level else everything(branches)
+    masks = masks_at(row, 0, 0)
     models = [subnetwork(row, sdp.held_counts(masks, subnet)) for subnet in range(sdp.count_subnets(masks))]
     return max(sum(p.numel() for p in model.parameters()) for model in models)
 
@@ -409,19 +432,15 @@ def train(row, updates, seed, lr, dataset, report):
     """One run.  Calls report(step, steps, seconds) after each step.  Returns what the result file gets."""
     config = config_of(row)
     branches = FAMILY[row.model].branches(config)
-    masks = masks_of(row, branches, seed, 0) if row.level else everything(branches)
-    flops = flops_of(row, masks)
-    if row.draw == "coin":                                           # as many as balanced ones on average
-        flops = flops_of(row, masks_of(replace(row, draw="balanced"), branches, seed, 0))
+    masks = masks_at(row, seed, 0)
     first = first_half(row)
-    first_masks = masks_of(first, branches, seed, 1) if row.early and row.level else masks
-    first_flops = flops_of(first, first_masks) if row.early else flops
-    flops = (first_flops + flops) / 2                                # mean of all updates
-    if row.finish:
-        flops += row.finish * (flops_of(replace(row, backward=True), masks) - flops)
-    plain = replace(rows()[plain_name(row)], batch=row.batch)
-    ddp_flops = flops_of(plain, everything(FAMILY[row.model].branches(config_of(plain))))
-    steps = round(updates * ddp_flops / flops) if row.flops else updates
+    first_masks = masks_at(first, seed, 1)
+    plain = rows()[plain_name(row)]
+    if row.batch > plain.batch:                                      # it is compared with an equally large one
+        plain = replace(plain, batch=row.batch)
+    flops = flops_of_update(row, seed, row.slowest)
+    first_flops = flops_of(first, first_masks, row.slowest) if row.early else flops
+    steps = round(updates * flops_of_update(plain, seed) / flops) if row.flops else updates
     if row.model == "resnet":
         workers = Simulated(row, config, seed)
     else:
@@ -559,11 +578,13 @@ def missing_runs(table, names, args, results):
 def say_table(table, names, args, results):
     """Prints the results as markdown: loss of the full model, mean and standard deviation over the seeds.
 
-    Then the number of seeds and the learning rate; with a star if its search is not at its end.
+    Then the number of seeds and the learning rate; with a star if its search is not at its end.  All rows have
+    the same seeds: --seeds 3 means 0, 1 and 2.  slowest: the FLOPs if all workers had as much to do as the
+    slowest, for which they wait.
     """
     lengths = sorted({r["updates"] for r in results if r["row"] in names})
-    print("| row | parameters | FLOPs | " + " | ".join(f"{n} updates" for n in lengths) + " |")
-    print("|---|---|---|" + "---|" * len(lengths))
+    print("| row | parameters | FLOPs | slowest | " + " | ".join(f"{n} updates" for n in lengths) + " |")
+    print("|---|---|---|---|" + "---|" * len(lengths))
     plain = {(r["row"], r["updates"]): r["flops"] for r in results}  # of the last run of each row
     for name in names:
         mine = [r for r in results if r["row"] == name]
@@ -574,13 +595,18 @@ def say_table(table, names, args, results):
         cells = []
         for updates in lengths:
             _, best, more = searched(table, name, results, updates)
-            found = [loss for (_, lr), loss in losses(results, name, updates).items() if lr == best]
+            found = [loss for (seed, lr), loss in losses(results, name, updates).items()
+                     if lr == best and seed < args.seeds]
             spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
             lr = f"{best:g}{'*' if more else ''}"
             cells.append(f"{statistics.mean(found):.3f}{spread} ({len(found)}; {lr})" if found else "")
-        share = f"{flops[0]:.2f}" if flops else ""
+        row = table[name]
+        share = slowest = ""
+        if flops:
+            most = flops[0] / flops_of_update(row, 0, row.slowest) * flops_of_update(row, 0, slowest=True)
+            share, slowest = f"{flops[0]:.2f}", f"{most:.2f}"
         held = f"{parameters_of(table[name]) / parameters_of(table[dense]):.2f}"
-        print(f"| {name} | {held} | {share} | " + " | ".join(cells) + " |")
+        print(f"| {name} | {held} | {share} | {slowest} | " + " | ".join(cells) + " |")
 
 
 def main(argv=None):
