@@ -130,7 +130,9 @@ class Attention(nn.Module):
 
     def __init__(self, c, n):
         super().__init__()
-        self.q_heads, self.kv_heads, self.head_dim = n * c.queries_per_kv, n, c.head_dim
+        self.q_heads = n * c.queries_per_kv
+        self.kv_heads = n
+        self.head_dim = c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, self.q_heads * c.head_dim, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, n * c.head_dim, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, n * c.head_dim, bias=False)

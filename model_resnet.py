@@ -35,7 +35,8 @@ PRESETS = {"resnet18": ResNetConfig()}
 def blocks(c):
     """Module path -> (channels in, channels out, stride, side of its output), in order."""
     side = c.image_size if c.stem == "cifar" else c.image_size // 4
-    channels, out = c.widths[0], {}
+    channels = c.widths[0]
+    out = {}
     for stage, width in enumerate(c.widths):
         for i in range(c.blocks_per_stage):
             stride = 2 if stage and i == 0 else 1

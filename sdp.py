@@ -61,7 +61,7 @@ import os
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import chain, product
+from itertools import chain, product, takewhile
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -237,7 +237,9 @@ class Simulation:
         check_workers(self.world, self.n_subnets)
         self.workers = list(range(self.world))
         self.device = torch.device(device)
-        self.masks, self.layout, self.modules = masks, layout, modules
+        self.masks = masks
+        self.layout = layout
+        self.modules = modules
         self.slots = [slots(module, masks, layout, subnet) for subnet, module in enumerate(modules)]
         self.full = {name: nn.Parameter(value(name).to(device, copy=True)) for name in layout}
 
@@ -397,8 +399,12 @@ class MaskedAllReduce:
     """
 
     def __init__(self, module, masks, layout, backward=False, timeout=None):
-        self.module, self.masks, self.layout, self.backward = module, masks, layout, backward
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.module = module
+        self.masks = masks
+        self.layout = layout
+        self.backward = backward
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
         self.n_subnets = count_subnets(masks)
         check_workers(self.world, self.n_subnets)
         self.subnet = self.rank % self.n_subnets
@@ -548,14 +554,17 @@ class SubnetDataParallel(MaskedAllReduce):
 
     bucket_bytes: when the pieces of some holder set have so many bytes, new buckets are begun.
     reduce_dtype: of the gradients in messages; torch.bfloat16 halves the bytes.  Replicas stay bit-identical.
-    compile: torch.compile what is done with each message before and after it travels.
+    compile: torch.compile what is done with each message before and after it travels.  With a reduce_dtype
+        it launches fewer kernels; without one there is nothing to fuse.
 
     `clip_grad_norm` comes after finish().  The norm that it returns is the same on all ranks: you may skip
     optimizer.step() by that, but not refresh().
 
     The optimizer steps on pieces (module.parameters() get no gradients).  They are 1-D, so it must treat each
-    number by itself, as SGD and Adam do and Adafactor does not.  Use float32 weights, with autocast for
-    bfloat16.  Do not use torch.amp.GradScaler: it skips updates rank by rank, and the replicas part.
+    number by itself, as SGD and Adam do and Adafactor does not.  Weight decay for matrices alone goes by the
+    shape in the layout: see `adamw` in train.py.  Use float32 weights, with autocast for bfloat16.  Do not
+    use torch.amp.GradScaler: it skips updates rank by rank, and the replicas part.  On a GPU, call all
+    methods and the module on one stream: the memory of messages belongs to it.
     """
 
     def __init__(self, module, masks, layout, backward=False, timeout=None, bucket_bytes=25 * 2**20,
@@ -659,9 +668,10 @@ class SubnetDataParallel(MaskedAllReduce):
         self.refresher.check(used)                          # did a branch run with old weights?
         self.arrive()                                       # those of branches that did not run
         self._stale = bool(self.refresher.exchanges)
-        for local in self.pieces_in:
-            if local not in self._taken:                    # no gradient came: zeros, as others wait for them
-                self._ready(local)
+        untouched = [local for local in self.pieces_in if local not in self._taken]
+        check_replaced(self.module, self.params, untouched)
+        for local in untouched:                             # no gradient came: zeros, as others wait for them
+            self._ready(local)
         flying = self._flying
         self._restart()
         while flying:
@@ -710,7 +720,8 @@ class SubnetDataParallel(MaskedAllReduce):
 
     def part_of(self, full, piece):
         """What belongs into piece.param, or into its optimizer state, of a full tensor."""
-        slot, pieces = self.slots[piece.local], self.pieces_in[piece.local]
+        slot = self.slots[piece.local]
+        pieces = self.pieces_in[piece.local]
         parts = flat(cut(full, slot), slot).split([other.numel for other in pieces])
         return parts[pieces.index(piece)]
 
@@ -746,27 +757,35 @@ class SubnetDataParallel(MaskedAllReduce):
             dist.all_reduce(whole.view(-1).view(torch.uint8), op=dist.ReduceOp.MAX)
             yield name, whole
 
+    def ring_share(self, holders):
+        """What a ring all-reduce among h workers sends per number and worker, 2 (h-1)/h.  It is optimal.
+
+        The ring adds up each part at one worker, (h-1)/h, and then hands out the sums, (h-1)/h.
+        """
+        return 2 - 2 / self.count_workers(holders)
+
     @property
     def sent_bytes(self):
         """What this worker sends in one update, in bytes.
 
-        A ring all-reduce among h workers sends 2 (h-1)/h bytes per byte and worker, which is optimal.  Take
-        W = S and coverage k/S, and count per byte of the full model's branches.  A worker holds k/S of them,
-        and sends 2 (k-1)/k for each: 2 (k-1)/S.  A refresh brings each weight to S-k workers, and all S
-        share the work: (S-k)/S.  So
+        Take W = S and coverage k/S, and count per byte of the full model's branches.  A worker holds k/S of
+        them, and sends 2 (k-1)/k for each: 2 (k-1)/S.  A refresh brings each weight to S-k workers, and all
+        S share the work: (S-k)/S.  So
 
             forward masking  2 (k-1)/S
             backward masking  2 (k-1)/S + (S-k)/S  =  (k+S-2)/S
             plain data parallelism  2 (S-1)/S
         """
-        reduced = sum(piece.numel * (2 - 2 / self.count_workers(piece.holders)) for piece in self.pieces)
+        reduced = sum(piece.numel * self.ring_share(piece.holders) for piece in self.pieces)
         return reduced * self.wire_dtype.itemsize + self.refresher.sent * self.dtype.itemsize
 
     def reset(self):
         """Drops an update, so that you can go on after an exception in the backward pass.  Collective.
 
-        The ranks may have come to different points of it, and what one has sent, all others wait for.
+        The ranks may have come to different points of it, and what one has sent, all others wait for.  All
+        ranks must drop the same update: if one alone fails, the others must get to know, or must end.
         """
+        self._synchronise = True                            # inside no_sync() too
         for local in self.pieces_in:
             if local not in self._taken:
                 self._ready(local)
@@ -828,7 +847,7 @@ class Refresher:
         load = Counter()                                    # numbers each subnet sends; averaging comes first
         for piece in all_pieces:
             for subnet in piece.holders:
-                load[subnet] += piece.numel * (2 - 2 / sync.count_workers(piece.holders))
+                load[subnet] += piece.numel * sync.ring_share(piece.holders)
         self.exchanges = []                                 # in forward order
         size = limit                                        # numbers in the last exchange
         for piece, subnet in product(all_pieces, range(sync.n_subnets)):
@@ -884,6 +903,7 @@ class Refresher:
                 paths = [local.split(".")[:-1] for local, slot in sync.slots.items()
                          if sync.layout[slot.name][0] == branch]
                 common = os.path.commonprefix(paths)        # of lists: the names that all paths begin with
+                common = takewhile("rest".__ne__, common)   # `rest` is part of a module, and may not be called
                 module = sync.module.get_submodule(".".join(common))
                 hooks.append(module.register_forward_pre_hook(partial(self.arrive, left)))
         return hooks
@@ -1159,6 +1179,15 @@ def check_trains(module, places):
                              f"pieces out of the optimizer instead")
 
 
+def check_replaced(module, params, names):
+    """Raises RuntimeError if one of these parameters is not the one that was wrapped."""
+    now = dict(module.named_parameters()) if names else {}
+    for local in names:
+        if now.get(local, params[local]) is not params[local]:
+            raise RuntimeError(f"{local} was replaced after it was wrapped, as by load_state_dict() with "
+                               f"assign=True: load without it")
+
+
 def check_wrap(module, places):
     """Raises for a module that is not ready to be wrapped.  places: its `slots`."""
     if getattr(module, "is_wrapped", False):
@@ -1174,7 +1203,8 @@ def check_wrap(module, places):
             raise ValueError(f"{local} has requires_grad=True, but it is frozen here: use materialize()")
     # Overlapping groups communicate at the same time, each on a stream of its own.  That is safe if the GPU
     # begins their kernels in the order in which the host issued them, which NCCL promises from 2.26 on, if
-    # this variable says so
+    # this variable says so before the first communicator is made.  (With a CUDA older than 12.3 it does so by
+    # running them one after another)
     if first.device.type == "cuda" and "nccl" in dist.get_backend_config():
         if torch.cuda.nccl.version() < (2, 26) or os.environ.get("NCCL_LAUNCH_ORDER_IMPLICIT") != "1":
             raise RuntimeError("overlapping NCCL groups can deadlock: this needs NCCL 2.26 or later, and "

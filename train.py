@@ -310,8 +310,11 @@ class Design:
     """
 
     def __init__(self, args, config):
-        self.args, self.config, self.family = args, config, FAMILIES[args.model]
-        self.branches, self.layout = self.family.module.branches(config), self.family.module.layout(config)
+        self.args = args
+        self.config = config
+        self.family = FAMILIES[args.model]
+        self.branches = self.family.module.branches(config)
+        self.layout = self.family.module.layout(config)
         self.backward = args.masking == "backward"
         if args.parallel == "sdp":
             held = coverage_to_held(args.coverage, args.subnets)
@@ -689,12 +692,14 @@ def check_checkpoint(checkpoint, design, full, dataset):
     for part, wanted in {"model": full.state_dict(), "optimizer": state, "step": 0}.items():
         if kinds(checkpoint.get(part)) != kinds(wanted):
             raise UserError(f"the checkpoint's {part} has other names, shapes or types than the model")
-    step, updates = checkpoint["step"], {s["step"] for s in checkpoint["optimizer"].values()}
+    step = checkpoint["step"]
+    updates = {state["step"] for state in checkpoint["optimizer"].values()}
     if len(updates) > 1 or not 0 <= min(updates) <= step:
         raise UserError(f"the checkpoint has step {step} and {sorted(updates)[:3]} updates, which cannot be")
     if checkpoint["config"]["data_digest"] != dataset.digest:
         raise UserError(f"--data {design.args.data} contradicts the checkpoint, which has seen other data")
-    masks, saved = design.masks, checkpoint.get("masks")
+    masks = design.masks
+    saved = checkpoint.get("masks")
     if kinds(masks) == kinds(saved) and all(torch.equal(masks[name], saved[name]) for name in masks):
         say("the masks are the saved ones")
     else:

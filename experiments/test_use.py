@@ -199,6 +199,11 @@ def test_wrong_use_is_refused():
             sync.finish()
         with sync.no_sync(), pytest.raises(RuntimeError, match="inside no_sync"):
             sync.finish()
+        sync = wrapped(Net(3))
+        sync.module.load_state_dict(dict(Net(3).state_dict()), assign=True)
+        sync.module(x).sum().backward()
+        with pytest.raises(RuntimeError, match="was replaced after it was wrapped"):
+            sync.finish()
         with pytest.raises(ValueError, match="backward masking: the module lacks the neurons"):
             wrapped(Net(3), backward=True)
         with pytest.raises(ValueError, match="forward masking: the module has neurons"):
@@ -359,6 +364,67 @@ def _an_update_that_fails():
         net(x).sum().backward()
     sync.close()                                            # sends what the other rank waits for
     return grads
+
+
+def test_reset_inside_no_sync_sends_what_others_wait_for(monkeypatch):
+    with alone():
+        sync, sent, all_reduce = wrapped(Net(3)), [], dist.all_reduce
+
+        def counted(*args, **options):
+            sent.append(args)
+            return all_reduce(*args, **options)
+        monkeypatch.setattr(dist, "all_reduce", counted)
+        with sync.no_sync():
+            sync.reset()
+        assert len(sent) == len(sync.buckets)
+
+
+class Sum(nn.Module):
+    """x + held(x) + rest(x), without a norm.  Parts without neurons are not there."""
+    def __init__(self, held, rest):
+        super().__init__()
+        self.rest = nn.Module()
+        for part, n in (self, held), (self.rest, rest):
+            part.up = nn.Linear(4, n, bias=False) if n else None
+            part.down = nn.Linear(n, 4, bias=False) if n else None
+
+    def forward(self, x):
+        return x + sum(part.down(part.up(x).relu()) for part in (self, self.rest) if part.up)
+
+
+def _losses_where_a_branch_is_frozen_whole(simulated):
+    masks = {branch: torch.tensor([row] * 6, dtype=torch.bool) for branch, row in (("0", [0, 1]), ("1", [1, 0]))}
+    layout = {f"{branch}.{name}.weight": (branch, dim, torch.Size(shape)) for branch in masks
+              for name, dim, shape in (("up", 0, (6, 4)), ("down", 1, (4, 6)))}
+    value = sdp.fresh(layout, lambda name, tensor, generator: tensor.normal_(generator=generator), 0)
+    with torch.device("meta"):
+        modules = [nn.Sequential(*(Sum(6, 0) if masks[branch][0, subnet] else Sum(0, 6) for branch in masks))
+                   for subnet in range(2)]
+    if simulated:
+        sync = sdp.Simulation(modules, masks, layout, value)
+    else:
+        rank = dist.get_rank()
+        sdp.materialize(modules[rank], masks, layout, rank, value)
+        sync = sdp.SubnetDataParallel(modules[rank], masks, layout, backward=True)
+    optimizer = torch.optim.SGD([piece.param for piece in sync.pieces], lr=0.1)
+    losses = []
+    for _ in range(3):
+        for worker in sync.workers:
+            loss = sync.forward(worker, torch.full((2, 4), 1.0 + worker)).square().mean()
+            loss.backward()
+            losses.append(loss.item())
+        sync.finish()
+        sync.clip_grad_norm(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        sync.refresh()
+    return losses
+
+
+def test_a_branch_that_is_frozen_whole_waits_for_its_weights():
+    ranks = run_on(2, _losses_where_a_branch_is_frozen_whole, False)
+    both = _losses_where_a_branch_is_frozen_whole(True)
+    assert ranks[0] == pytest.approx(both[0::2], rel=1e-5) and ranks[1] == pytest.approx(both[1::2], rel=1e-5)
 
 
 class Added(nn.Module):
