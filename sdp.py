@@ -975,11 +975,11 @@ def neuron_masks(branches, n_subnets, held, seed=0):
 
 
 def ends_masks(branches, n_subnets, held, seed=0):
-    """As at block level, but all subnets hold both ends: the first block and the last."""
+    """As at neuron level, but all subnets hold both ends: the first block and the last."""
     blocks = [block for block, *_ in branches.values()]
     ends = min(blocks), max(blocks)
     inner = {name: branch for name, branch in branches.items() if branch[0] not in ends}
-    masks = block_masks(inner, n_subnets, held, seed) if inner else {}
+    masks = neuron_masks(inner, n_subnets, held, seed) if inner else {}
     all_hold = torch.ones(1, n_subnets, dtype=torch.bool)
     return {name: masks[name] if name in inner else all_hold.repeat(neurons, 1)
             for name, (_, neurons, *_) in branches.items()}
