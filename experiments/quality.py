@@ -575,16 +575,23 @@ def missing_runs(table, names, args, results):
     return list(dict.fromkeys(out))
 
 
+def mean_of(runs, field):
+    """The mean of a field, as text; empty if no run has it."""
+    values = [run[field] for run in runs if field in run]
+    return f"{statistics.mean(values):.2f}" if values else ""
+
+
 def say_table(table, names, args, results):
     """Prints the results as markdown: loss of the full model, mean and standard deviation over the seeds.
 
     Then the number of seeds and the learning rate; with a star if its search is not at its end.  All rows have
     the same seeds: --seeds 3 means 0, 1 and 2.  slowest: the FLOPs if all workers had as much to do as the
-    slowest, for which they wait.
+    slowest, for which they wait.  gap: the masks' spectral gap.  cosine: between the gradients of two workers,
+    of what all hold, after training.  Both are means over the runs of the shortest length.
     """
     lengths = sorted({r["updates"] for r in results if r["row"] in names})
-    print("| row | parameters | FLOPs | slowest | " + " | ".join(f"{n} updates" for n in lengths) + " |")
-    print("|---|---|---|---|" + "---|" * len(lengths))
+    print("| row | parameters | FLOPs | slowest | gap | cosine | " + " | ".join(f"{n} updates" for n in lengths) + " |")
+    print("|---|---|---|---|---|---|" + "---|" * len(lengths))
     plain = {(r["row"], r["updates"]): r["flops"] for r in results}  # of the last run of each row
     for name in names:
         mine = [r for r in results if r["row"] == name]
@@ -592,11 +599,12 @@ def say_table(table, names, args, results):
             continue
         dense = plain_name(table[name])
         flops = [r["flops"] / plain[key] for r in mine if (key := (dense, r["updates"])) in plain]
-        cells = []
+        cells, shortest = [], []
         for updates in lengths:
             _, best, more = searched(table, name, results, updates)
-            found = [loss for (seed, lr), loss in losses(results, name, updates).items()
-                     if lr == best and seed < args.seeds]
+            runs = [r for r in mine if (r["updates"], r["lr"]) == (updates, best) and r["seed"] < args.seeds]
+            shortest = shortest or runs
+            found = [r["val_loss"] for r in runs]
             spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
             lr = f"{best:g}{'*' if more else ''}"
             cells.append(f"{statistics.mean(found):.3f}{spread} ({len(found)}; {lr})" if found else "")
@@ -606,7 +614,8 @@ def say_table(table, names, args, results):
             most = flops[0] / flops_of_update(row, 0, row.slowest) * flops_of_update(row, 0, slowest=True)
             share, slowest = f"{flops[0]:.2f}", f"{most:.2f}"
         held = f"{parameters_of(table[name]) / parameters_of(table[dense]):.2f}"
-        print(f"| {name} | {held} | {share} | {slowest} | " + " | ".join(cells) + " |")
+        print(f"| {name} | {held} | {share} | {slowest} | {mean_of(shortest, 'spectral_gap')} | "
+              f"{mean_of(shortest, 'cosine')} | " + " | ".join(cells) + " |")
 
 
 def main(argv=None):
