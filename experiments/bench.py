@@ -141,7 +141,7 @@ def main(argv=None):
         "alone": not train.DISTRIBUTED,
     }
     rows = [{**facts, **row} for row in rows]
-    train.on_rank_0(lambda: plan.append(args.results, args, rows))
+    train.on_rank_0(plan.append, args.results, args, rows)
     if train.DISTRIBUTED:
         dist.barrier()
         dist.destroy_process_group()
