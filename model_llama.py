@@ -60,17 +60,19 @@ def branches(c):
     The last three are of one neuron: bytes of its float32 weights; for one token, FLOPs of the forward and
     backward pass, and numbers kept in between.  They balance the workers' loads, so only ratios matter.
     """
-    d, width = c.hidden_size, c.queries_per_kv * c.head_dim          # width of a neuron's queries together
-    kept = 2 * width + 2 * c.head_dim                                # q, k, v, and what o_proj reads
-    weights = kept * d                                               # rows of q, k, v, columns of o
-    # FLOPs of a forward and backward pass: 6 for each weight, and, in each of the two products q k^T and
-    # probabilities times v, 6 for each number of a query and each position
+    d = c.hidden_size
+    width = c.queries_per_kv * c.head_dim                            # width of a neuron's queries together
+    rows = 2 * width + 2 * c.head_dim                                # of q, k, v, columns of o; numbers kept
+    head = rows * d                                                  # weights of a head
+    unit = 3 * d                                                     # weights of a hidden unit
+    # FLOPs: 6 for each weight; and, for each position, 6 for each number of a query in both products, q k^T
+    # and probabilities times v.  6: a multiplication and an addition, three times (forward, two backward)
     pairs = 2 * 6 * width * c.max_position_embeddings
     out = {}
     for i in range(c.num_hidden_layers):
         path = f"model.layers.{i}"
-        out[f"{path}.self_attn"] = i, c.num_key_value_heads, 4 * weights, 6 * weights + pairs, kept
-        out[f"{path}.mlp"] = i, c.intermediate_size, 4 * 3 * d, 6 * 3 * d, 4  # gate, silu(gate), up, product
+        out[f"{path}.self_attn"] = i, c.num_key_value_heads, 4 * head, 6 * head + pairs, rows
+        out[f"{path}.mlp"] = i, c.intermediate_size, 4 * unit, 6 * unit, 4  # gate, silu(gate), up, product
     return out
 
 
@@ -112,14 +114,17 @@ def init(c, name, tensor, generator):
 # -- The model.  B sequences, T tokens, d hidden_size, n held neurons, h head_dim, V vocabulary --------------
 
 def rope_table(length, c, device):
-    """Cosines and signed sines of rotary position embedding (arXiv 2104.09864), each [length, 1, h]."""
+    """Rotary position embedding (arXiv 2104.09864): cosines and signed sines, each [length, 1, h]."""
     freq = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim)
     angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), freq)[:, None]
     return angle.cos().repeat(1, 1, 2), torch.cat((-angle.sin(), angle.sin()), dim=-1)
 
 
 def rotate(x, rope):
-    """Turns each pair (x_i, x_{i + h/2}) of x [B, T, heads, h] by its position's angle."""
+    """Turns each pair (a, b) = (x_i, x_{i + h/2}) of x [B, T, heads, h] by its position's angle.
+
+    It becomes (a cos - b sin, b cos + a sin).
+    """
     cos, sin = (t.to(x.dtype) for t in rope)
     other = x.roll(x.shape[-1] // 2, dims=-1)                        # each number's partner
     return torch.addcmul(x * cos, other, sin)                        # x cos + other sin
@@ -167,7 +172,7 @@ class Layer(nn.Module):
     """Attention and MLP, each behind its RMSNorm: x + scale * f(norm(x)).
 
     n_held, n_rest: numbers of (KV heads, hidden units).  The held neurons train.  Under backward masking the
-    layer also runs all the others: the child `rest` has them, sdp.py freezes them, and f is held(x) + rest(x).
+    layer also runs all the others: the child `rest` has them, sdp.py freezes them, f is held(x) + rest(x).
     scales: of both branches.
     """
 
@@ -250,13 +255,7 @@ class Llama(nn.Module):
             return self.lm_head(x)
         if targets.numel() * self.config.vocab_size <= MAX_LOGITS:
             return loss(self.lm_head(x), targets)
-        # Logits are by far the largest tensor, and the loss would hold three: them, their softmax, their
-        # gradient.  So only those of some tokens are alive at a time, and computed again in the backward pass
-        total = 0.0
-        tokens_at_once = MAX_LOGITS // self.config.vocab_size
-        for xs, ys in zip(x.flatten(0, 1).split(tokens_at_once), targets.flatten().split(tokens_at_once)):
-            total += checkpoint(summed_loss, xs, ys, self.lm_head.weight, use_reentrant=False)
-        return total / targets.numel()
+        return loss_in_parts(x.flatten(0, 1), targets.flatten(), self.lm_head.weight)
 
     @torch.no_grad()
     def generate(self, tokens, count, temperature=0.8, generator=None):
@@ -273,6 +272,19 @@ def loss(logits, targets):
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
-def summed_loss(x, targets, head_weight):
-    """The weight is an argument: when this is computed again, sdp.Simulation may have put another in."""
-    return loss(F.linear(x, head_weight), targets) * len(targets)
+def loss_in_parts(x, targets, weight):
+    """The same, of the last norm's output x [N, d], head's weight [V, d], targets [N].
+
+    Logits are by far the largest tensor, and the loss would hold three: them, their softmax, their gradient.
+    So only those of some tokens are alive at a time, and computed again in the backward pass.  (The weight is
+    an argument: by then functional_call, if it put this one into the module, has put the old one back.)
+    """
+    total = 0.0
+    at_once = MAX_LOGITS // len(weight)
+    for xs, ys in zip(x.split(at_once), targets.split(at_once)):
+        total += checkpoint(summed_loss, xs, ys, weight, use_reentrant=False)
+    return total / len(targets)
+
+
+def summed_loss(x, targets, weight):
+    return loss(F.linear(x, weight), targets) * len(targets)

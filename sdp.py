@@ -53,6 +53,8 @@ has more masks, finds balanced ones, and describes any.  Appendix 2 is about ref
 Processes talk by collectives of torch.distributed.  A rank is the number of a process, a group is a set of
 ranks.  A collective returns when all ranks of its group have called it, so all must call the same ones in the
 same order.  all_reduce: each gives a tensor, and each gets the sum.  broadcast: one gives, the others get.
+all_to_all: each sends a different part to each.  With async_op=True a collective returns at once, and the
+wait() of what it returned waits for its end.  (On a GPU the host goes on, and the GPU's stream waits.)
 """
 
 import hashlib
@@ -97,7 +99,7 @@ def naive_masked_average(grad, holds):
 def block_masks(branches, n_subnets, held, seed=0):
     """Each block is held or skipped whole.  Exactly `held` of the subnets hold it."""
     blocks = list(dict.fromkeys(block for block, *_ in branches.values()))
-    cost, size = block_costs(branches, blocks)
+    cost, size = block_costs(branches, blocks)              # what each block costs; its neurons
     sets = balanced_sets(cost, size, n_subnets, held, seed)  # bool [blocks, n_subnets]
     return {name: sets[blocks.index(block)].repeat(neurons, 1)
             for name, (block, neurons, *_) in branches.items()}
@@ -117,7 +119,8 @@ def branch_scales(masks, subnet):
 
     A neuron n with h holders is in h of the S subnetworks.  Times S/h, the mean over the subnetworks is that
     of the full model, for one input: h/S * S/h f_n = f_n.  Dropout and stochastic depth (arXiv 1603.09382)
-    scale for the same reason.  A branch has one factor: the mean of S/h over its neurons held here.
+    scale for the same reason.  A branch has one factor: the mean of S/h over its neurons held here.  So this
+    is exact if all its neurons have equally many holders, as in our masks.
     """
     scales = {}
     for branch, mask in masks.items():
@@ -140,7 +143,9 @@ def holder_sets(masks):
         alone = ~mask.any(1)
         if alone.any():
             raise ValueError(f"mask of {name}: no subnet holds neuron {int(alone.nonzero()[0])}")
-        rows, inverse = mask.unique(dim=0, return_inverse=True)  # different rows; which one each neuron has
+        # rows: the mask's different rows, [[0, 1, 1], [1, 0, 1], ...]; inverse: which one each neuron has;
+        # numbers: of the rows' sets, among those of all branches
+        rows, inverse = mask.unique(dim=0, return_inverse=True)
         numbers = [sets.setdefault(tuple(row.nonzero().flatten().tolist()), len(sets)) for row in rows]
         which[name] = torch.tensor(numbers)[inverse]
     return list(sets), which
@@ -162,8 +167,9 @@ def branch_holders(mask):
 # A subnet keeps its neurons sorted by holder set.  (A branch is a sum, so their order does not matter.)
 # And each cut parameter lies in memory neuron by neuron: one that is cut by columns (down_proj) is stored
 # column after column, like a transposed tensor.  So what one holder set has of a parameter is one stretch of
-# memory, a 1-D tensor: a *piece*.  Averaging, optimizer and refreshes need no dimensions.  An example, subnet
-# 0 of 3 with neurons 0, 1, 4, 5, two numbers each:
+# memory, a 1-D tensor: a *piece*.  Averaging, optimizer and refreshes need no dimensions.  An example: subnet
+# 0 of 3 holds neurons 0, 1, 4, 5, two numbers each; 2 and 3 are held by subnets 1 and 2.  The sets are sorted
+# by their numbers in `holder_sets`, which are here those of (1, 2), (0, 2), (0, 1):
 #
 #     held by                   0 and 2: neurons 0 and 5            0 and 1: neurons 1 and 4
 #     in memory                 n0 n0 n5 n5                         n1 n1 n4 n4
@@ -273,12 +279,13 @@ class Simulation:
                 p.grad = torch.zeros_like(p)
             p.grad /= (count * (self.world // self.n_subnets)).to(self.device)  # 1/|H_j| * sum of g_ij
 
+    # The rest is there so that it can take the place of SubnetDataParallel, which explains it.  You can go on
+    # with the real workers
+
     def clip_grad_norm(self, max_norm, *scalars):
-        """-> float64 [1 + len(scalars)]: the gradient's norm before clipping, and the scalars."""
+        """-> float64 [1 + len(scalars)]: the norm before clipping, and scalars, each summed over workers."""
         norm = nn.utils.clip_grad_norm_(self.full.values(), max_norm)
         return torch.tensor([norm, *scalars], dtype=torch.float64, device=self.device)
-
-    # The rest is there so that it can take the place of SubnetDataParallel, which explains it
 
     no_sync = nullcontext
     sent_bytes = 0
@@ -357,7 +364,7 @@ def find_pieces(params, places, masks, layout, subnet):
     `pieces_of` and `slots` have the holder sets in the same order.
     """
     here = {(slot.name, slot.trains): local for local, slot in places.items()}
-    # Views: what the optimizer writes into a piece, it writes into the module
+    # Views, as MaskedAllReduce has laid out all parameters neuron by neuron: the optimizer writes into them
     memory = {local: flat(p.data, places[local]) for local, p in params.items()}
     out = []
     for name, holders, numel in pieces_of(masks, layout):
@@ -413,7 +420,8 @@ class MaskedAllReduce:
         self.device = next(iter(self.params.values())).device
         self.dtype = next(iter(self.params.values())).dtype
         check_wrap(module, self.slots)
-        for local, slot in self.slots.items():              # neuron by neuron in memory: a piece is a slice
+        # Neuron by neuron in memory, so that a piece is a slice.  Shapes and values stay, the strides change
+        for local, slot in self.slots.items():
             p = self.params[local]
             if slot.dim is None:
                 p.data = p.data.contiguous()
@@ -434,7 +442,8 @@ class MaskedAllReduce:
                 whole = len(workers) == self.world
                 group = dist.group.WORLD if whole else dist.new_group(workers, timeout=timeout)
                 self.groups[piece.holders] = group
-        for piece in self.all_pieces:                       # all that have it begin with its first holder's
+        # All that have a piece begin with its first holder's.  (The rank of subnet s's first worker is s)
+        for piece in self.all_pieces:
             if piece.param is not None:
                 group = dist.group.WORLD if backward else self.groups[piece.holders]
                 dist.broadcast(piece.param.data, src=piece.holders[0], group=group)
@@ -459,8 +468,8 @@ class MaskedAllReduce:
     def _take_gradient(self, local):
         """Moves the gradient of a parameter to its pieces.
 
-        No copy: autograd gives a gradient its parameter's strides, so it lies neuron by neuron too.  The
-        parameter's own .grad is None after that, or the numbers would be there twice.
+        No copy: autograd gives a gradient its parameter's strides, so it lies neuron by neuron too.  (If not,
+        `flat` copies.)  The parameter's own .grad is None then, or the numbers would be there twice.
         """
         p = self.params[local]
         if not p.requires_grad:
@@ -595,18 +604,15 @@ class SubnetDataParallel(MaskedAllReduce):
         """This worker's buckets, (holders, pieces), in the order of sending.
 
         Go through the pieces in forward order, with one open bucket for each holder set.  When one is full,
-        begin new ones of all sets: buckets leave in this order, and one that stayed open for many layers
-        would hold up all behind it.  The backward pass comes to the pieces in the opposite order, so the list
-        is reversed.  The limit is a quarter at first: these buckets leave last, when little of the backward
-        pass is left to hide them.
+        begin new ones of all sets: one that stayed open for many layers could leave only when the backward
+        pass has come to the first of them.  The backward pass comes to the pieces in the opposite order, so
+        the list is reversed.
         """
         buckets = []                                        # of all workers
         opened = {}
         filled = Counter()                                  # bytes in each open bucket
-        limit = self.bucket_bytes / 4
         for piece in self.all_pieces:
-            if filled and max(filled.values()) >= limit:
-                limit = min(2 * limit, self.bucket_bytes)
+            if filled and max(filled.values()) >= self.bucket_bytes:
                 opened = {}
                 filled = Counter()
             filled[piece.holders] += piece.numel * self.dtype.itemsize
@@ -648,7 +654,8 @@ class SubnetDataParallel(MaskedAllReduce):
         for bucket in self.buckets[self._next:]:
             if not all(piece.local in self._taken for piece in bucket.pieces):
                 break
-            # A copy, even of one piece: in x + p[None], p gets a view of the gradient that flows on to x
+            # cat copies even a single piece.  It must: the copy is scaled in place, and p.grad's memory may
+            # still be in use, as in x + p[None], where p.grad is a view of x's gradient
             packed = torch.cat([piece.param.grad for piece in bucket.pieces])
             message = self._pack(packed, bucket.share, self.wire_dtype)
             work = dist.all_reduce(message, group=self.groups[bucket.holders], async_op=True)
@@ -760,7 +767,8 @@ class SubnetDataParallel(MaskedAllReduce):
     def ring_share(self, holders):
         """What a ring all-reduce among h workers sends per number and worker, 2 (h-1)/h.  It is optimal.
 
-        The ring adds up each part at one worker, (h-1)/h, and then hands out the sums, (h-1)/h.
+        The message is cut into h parts.  In h-1 turns each worker sends a part to its neighbour, which adds
+        its own.  In h-1 more turns the sums go round.
         """
         return 2 - 2 / self.count_workers(holders)
 
@@ -849,7 +857,7 @@ class Refresher:
             for subnet in piece.holders:
                 load[subnet] += piece.numel * sync.ring_share(piece.holders)
         self.exchanges = []                                 # in forward order
-        size = limit                                        # numbers in the last exchange
+        size = limit                                        # of the last exchange; the first piece begins one
         for piece, subnet in product(all_pieces, range(sync.n_subnets)):
             if subnet in piece.holders:
                 continue
@@ -902,8 +910,9 @@ class Refresher:
             for branch in exchange.branches:
                 paths = [local.split(".")[:-1] for local, slot in sync.slots.items()
                          if sync.layout[slot.name][0] == branch]
-                common = os.path.commonprefix(paths)        # of lists: the names that all paths begin with
-                common = takewhile("rest".__ne__, common)   # `rest` is part of a module, and may not be called
+                # What all begin with: layers.3.mlp.up, layers.3.rest.mlp.up, layers.3.norm -> layers.3
+                common = os.path.commonprefix(paths)        # (of lists of names)
+                common = takewhile("rest".__ne__, common)   # `rest` may never be called as a module
                 module = sync.module.get_submodule(".".join(common))
                 hooks.append(module.register_forward_pre_hook(partial(self.arrive, left)))
         return hooks

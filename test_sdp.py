@@ -12,7 +12,6 @@ import functools
 import gc
 import multiprocessing
 import pickle
-import shutil
 import tempfile
 import time
 import traceback
@@ -612,17 +611,6 @@ def test_bf16_messages_have_half_the_bytes_and_replicas_stay_identical():
             assert 0 < error <= 2**-6 * grad.abs().max()
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_the_compiled_path_is_the_eager_one_to_rounding():
-    masks = masks_for(TINY, 2, 1, "neuron")
-    options = {"bucket_bytes": 4000, "reduce_dtype": torch.bfloat16}
-    eager = run_on(2, _gradients, sdp.SubnetDataParallel, masks, True, options)[0]
-    compiled = run_on(2, _gradients, sdp.SubnetDataParallel, masks, True, {**options, "compile": True})[0]
-    for step in range(2):
-        for name, grad in eager[step].items():
-            torch.testing.assert_close(compiled[step][name], grad, rtol=0, atol=1e-3)
-
-
 @pytest.mark.parametrize("level", ["block", "neuron"])
 def test_the_scaling_rule_is_exact_and_its_mean_is_the_full_branch(level):
     for n_subnets, held in (4, 3), (3, 1), (8, 5):
@@ -928,7 +916,7 @@ def test_1024_workers_need_no_more_groups_than_8(monkeypatch):
 
 
 @pytest.mark.parametrize("level", ["block", "neuron"])
-def test_buckets_are_full_and_the_last_ones_short(level, monkeypatch):
+def test_buckets_are_full_and_few(level, monkeypatch):
     config = replace(TINY, num_hidden_layers=40)
     masks, layout = masks_for(config, 4, 3, level), llama.layout(config)
     largest = 4 * max(shape.numel() for branch, _, shape in layout.values() if branch)
@@ -939,12 +927,10 @@ def test_buckets_are_full_and_the_last_ones_short(level, monkeypatch):
         nbytes = 4 * sum(piece.numel for piece in bucket.pieces)
         sizes.setdefault(bucket.holders, []).append(nbytes)
     assert max(max(s) for s in sizes.values()) >= full
-    last = [bucket for bucket in sync.buckets if len(bucket.holders) < 4][-1]
-    assert 4 * sum(piece.numel for piece in last.pieces) <= full / 4 + largest  # hidden by nothing
     for holders, s in sizes.items():
         if len(holders) < 4:
-            assert max(s) < full + largest and s[-1] <= full / 2 + largest
-            assert len(s) <= sum(s) / full + 4              # and few
+            assert max(s) < full + largest
+            assert len(s) <= sum(s) / full + 2
 
 
 def test_messages_leave_while_backward_still_runs_and_gradients_live_in_them(monkeypatch):

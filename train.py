@@ -6,9 +6,9 @@ Trains a LLaMA or a ResNet-18 with Subnetwork Data Parallelism.
     python train.py --subnets 8                               the same method, simulated in one process
     python train.py --resume --out-dir out --sample "def "    prints text from a checkpoint
 
-In reading order: flags; `train`, the whole run; from flags to workers.  The rest is the house around it, which
-you can leave out at first: what is printed, evaluation, checkpoints, and the processes, where RANK and WORLD
-are this process's number and how many there are.  `say` prints on rank 0; `on_rank_0` works there alone.
+In reading order: flags; `train`, the whole run; from flags to workers.  The rest is the house around it,
+which you can leave out at first: what is printed, evaluation, checkpoints, and the processes, where RANK and
+WORLD are this process's number and how many there are.  `say` prints on rank 0; `on_rank_0` works there alone.
 """
 
 import argparse
@@ -238,10 +238,10 @@ def train(args, device):
         flops_done += flops * args.grad_accum
         ms = (time.perf_counter() - step_began) * 1000
 
-        # Who stops us may not wait so long as an evaluation takes
+        # No evaluation after a signal: whoever stops us may kill us before it ends
         evaluates = is_last or (done % args.eval_every == 0 and not stops)
         saves = is_last or stops or done % args.save_every == 0
-        if evaluates or saves:
+        if evaluates or saves:                                       # of batch norms; {} for a LLaMA
             statistics = estimate_statistics(sync, full, dataset, autocast)
         if evaluates or done % args.log_every == 0:
             speed = sync.world * args.grad_accum * batch[1].numel() / ms * 1000
