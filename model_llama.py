@@ -17,6 +17,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 
@@ -255,7 +256,7 @@ class Llama(nn.Module):
             return self.lm_head(x)
         if targets.numel() * self.config.vocab_size <= MAX_LOGITS:
             return loss(self.lm_head(x), targets)
-        return loss_in_parts(x.flatten(0, 1), targets.flatten(), self.lm_head.weight)
+        return loss_in_parts(x.flatten(0, 1), targets.flatten(), self.lm_head)
 
     @torch.no_grad()
     def generate(self, tokens, count, temperature=0.8, generator=None):
@@ -272,19 +273,19 @@ def loss(logits, targets):
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
-def loss_in_parts(x, targets, weight):
-    """The same, of the last norm's output x [N, d], head's weight [V, d], targets [N].
+def loss_in_parts(x, targets, head):
+    """The loss of head(x), with x the last norm's output [N, d] and targets [N].
 
     Logits are by far the largest tensor, and the loss would hold three: them, their softmax, their gradient.
-    So only those of some tokens are alive at a time, and computed again in the backward pass.  (The weight is
-    an argument: by then functional_call, if it put this one into the module, has put the old one back.)
+    So only those of some tokens are alive at a time, and computed again in the backward pass.
     """
     total = 0.0
-    at_once = MAX_LOGITS // len(weight)
+    at_once = MAX_LOGITS // head.out_features
     for xs, ys in zip(x.split(at_once), targets.split(at_once)):
-        total += checkpoint(summed_loss, xs, ys, weight, use_reentrant=False)
+        total += checkpoint(summed_loss, xs, ys, head, head.weight, use_reentrant=False)
     return total / len(targets)
 
 
-def summed_loss(x, targets, weight):
-    return loss(F.linear(x, weight), targets) * len(targets)
+def summed_loss(x, targets, head, weight):
+    """The weight is an argument: the module may have another when this is computed again (sdp.Simulation)."""
+    return loss(functional_call(head, {"weight": weight}, x), targets) * len(targets)
