@@ -40,7 +40,7 @@ def blocks(c):
     for stage, width in enumerate(c.widths):
         for i in range(c.blocks_per_stage):
             stride = 2 if stage and i == 0 else 1
-            side = -(-side // stride)
+            side = -(-side // stride)                                # rounded up
             out[f"layer{stage + 1}.{i}"] = channels, width, stride, side
             channels = width
     return out
@@ -163,7 +163,8 @@ class ResNet(nn.Module):
     def __init__(self, c, held=None, backward=False):
         super().__init__()
         self.config, self.checkpoint_activations = c, False
-        norm = partial(nn.BatchNorm2d, momentum=None, track_running_stats=held is None)
+        is_full = held is None
+        norm = partial(nn.BatchNorm2d, momentum=None, track_running_stats=is_full)
         kernel, stride, padding = (3, 1, 1) if c.stem == "cifar" else (7, 2, 3)
         self.conv1 = nn.Conv2d(3, c.widths[0], kernel, stride, padding, bias=False)
         self.bn1 = norm(c.widths[0])
@@ -171,7 +172,7 @@ class ResNet(nn.Module):
             stage, i = path.split(".")
             if i == "0":
                 self.add_module(stage, nn.Sequential())
-            n = cout if held is None else held[path]
+            n = cout if is_full else held[path]
             self.get_submodule(stage).append(Block(cin, cout, stride, n, cout - n if backward else 0, norm))
         self.fc = nn.Linear(c.widths[-1], c.num_classes)
 
