@@ -163,7 +163,7 @@ def settle(args, saved):
     if (family is IMAGES) != (args.data in data.IMAGES):
         raise UserError(f"{args.model} cannot read --data {args.data}: resnet18 reads images "
                         f"({', '.join(data.IMAGES)}), the others read text")
-    if family is TEXT and args.seq_len > llama.PRESETS[args.model].max_position_embeddings:
+    if family is TEXT and args.seq_len > family.module.PRESETS[args.model].max_position_embeddings:
         raise UserError(f"--seq-len {args.seq_len} is longer than the context of {args.model}")
     if not 0 < args.lr < 1e6:
         raise UserError(f"--lr must be a positive number below a million, not {args.lr}")

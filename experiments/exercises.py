@@ -161,7 +161,8 @@ def equal_to_dense(answer):
     """Predict, then see: when is it training of the full model?
 
     Four workers, each with its own subnetwork.  The dense model has all neurons, and its loss is the mean
-    over the workers' batches.  Is the averaged gradient equal to the gradient of the dense model?
+    over the workers' batches.  Is the averaged gradient equal to the gradient of the dense model, in this one
+    update, not only in the mean over the data?
 
     equal_to_dense = {
         "forward, coverage 1, own batches": True or False,

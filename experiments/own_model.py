@@ -7,16 +7,23 @@ Somebody else's GPT under sdp.py: what you must split, and what you must tell sd
 The model is in the manner of nanoGPT.  One matrix makes q, k and v.  Layers have biases.  The embedding and
 the head are tied: they are one parameter.  A buffer has the causal mask.  You find the model here twice:
 `Original`, and `GPT`, which you can build with some of the neurons.  (A neuron is a head or a hidden unit.)
-Five things had to be done:
+Six things had to be done:
 
     1. A neuron must own equal, consecutive rows (or columns) of each parameter.  c_attn has all q, then all
        k, then all v, so the rows of one head are in three places.  Split it into q, k and v.
     2. The bias of q, k, v or c_fc has one number a row.  Cut it like the rows.  The bias of a branch's
        *output* is not a sum over neurons.  Like the norm, it belongs to the branch as a whole: add it once.
-    3. A tied parameter is one shared parameter.  Only its first name is in the layout.
+    3. A tied parameter is one shared parameter.  Only its first name is in the layout.  (sdp.stream cannot
+       evaluate a tied model, so train.py cannot.  Gather it, as here, or untie the head.)
     4. A constant buffer gets persistent=False.  Then state_dict() has only what sdp.py averages.
     5. Build a module with such a buffer on the CPU.  sdp.materialize() raises ValueError for a buffer on the
        meta device.
+    6. The optimizer steps on pieces, which are 1-D.  nanoGPT's rule, to decay p.dim() >= 2, would decay
+       nothing.  Go by the shape in the layout, as `adamw` in train.py does.
+
+A norm or bias that two branches share gets branch None: all hold it, and who has neither branch averages in
+zeros.  If you compare weights with a dense model's, leave out the bias of k.  Its gradient is 0 but for
+rounding, of which Adam makes whole steps.
 
 `check_layout` says whether a layout is true of the model.  Run it on your own model before you train.
 """
