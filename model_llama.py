@@ -64,16 +64,16 @@ def branches(c):
     d = c.hidden_size
     width = c.queries_per_kv * c.head_dim                            # width of a neuron's queries together
     rows = 2 * width + 2 * c.head_dim                                # of q, k, v, columns of o; numbers kept
-    head = rows * d                                                  # weights of a head
-    unit = 3 * d                                                     # weights of a hidden unit
+    of_head = rows * d                                               # weights of a neuron of attention
+    of_unit = 3 * d                                                  # and of the MLP
     # FLOPs: 6 for each weight; and, for each position, 6 for each number of a query in both products, q k^T
     # and probabilities times v.  6: a multiplication and an addition, three times (forward, two backward)
     pairs = 2 * 6 * width * c.max_position_embeddings
     out = {}
     for i in range(c.num_hidden_layers):
         path = f"model.layers.{i}"
-        out[f"{path}.self_attn"] = i, c.num_key_value_heads, 4 * head, 6 * head + pairs, rows
-        out[f"{path}.mlp"] = i, c.intermediate_size, 4 * unit, 6 * unit, 4  # gate, silu(gate), up, product
+        out[f"{path}.self_attn"] = i, c.num_key_value_heads, 4 * of_head, 6 * of_head + pairs, rows
+        out[f"{path}.mlp"] = i, c.intermediate_size, 4 * of_unit, 6 * of_unit, 4  # gate, silu, up, product
     return out
 
 
@@ -287,5 +287,6 @@ def loss_in_parts(x, targets, head):
 
 
 def summed_loss(x, targets, head, weight):
-    """The weight is an argument: the module may have another when this is computed again (sdp.Simulation)."""
+    """The weight is an argument: the backward pass runs this again, when a functional_call around the model
+    has put the module's old weight back."""
     return loss(functional_call(head, {"weight": weight}, x), targets) * len(targets)

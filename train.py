@@ -8,7 +8,7 @@ Trains a LLaMA or a ResNet-18 with Subnetwork Data Parallelism.
 
 In reading order: flags; `train`, the whole run; from flags to workers.  The rest is the house around it,
 which you can leave out at first: what is printed, evaluation, checkpoints, and the processes, where RANK and
-WORLD are this process's number and how many there are.  `say` prints on rank 0; `on_rank_0` works there alone.
+WORLD are this process's number and how many there are.  `say` prints on rank 0, `on_rank_0` works there.
 """
 
 import argparse
@@ -241,8 +241,8 @@ def train(args, device):
         # No evaluation after a signal: whoever stops us may kill us before it ends
         evaluates = is_last or (done % args.eval_every == 0 and not stops)
         saves = is_last or stops or done % args.save_every == 0
-        if evaluates or saves:                                       # of batch norms; {} for a LLaMA
-            statistics = estimate_statistics(sync, full, dataset, autocast)
+        if evaluates or saves:
+            statistics = estimate_statistics(sync, full, dataset, autocast)  # of batch norms, if any
         if evaluates or done % args.log_every == 0:
             speed = sync.world * args.grad_accum * batch[1].numel() / ms * 1000
             sent_bytes, peak = largest_of_ranks(sync)

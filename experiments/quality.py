@@ -68,7 +68,7 @@ class Row:
     held: int = 8               # k of the coverage k/S
     subnets: int = 8            # S
     flops: bool = False         # FLOP-matched; else as many updates as DDP
-    slowest: bool = False       # it counts as if all workers had as much to do as the slowest, for which they wait
+    slowest: bool = False       # FLOPs count as if all workers had as much to do as the slowest
     backward: bool = False      # backward masking instead of forward masking
     scaled: bool = True         # forward masking multiplies branches by sdp.branch_scales
     workers: int = WORKERS
@@ -437,7 +437,7 @@ def train(row, updates, seed, lr, dataset, report):
     first = first_half(row)
     first_masks = masks_at(first, seed, 1)
     plain = rows()[plain_name(row)]
-    if row.batch > plain.batch:                                      # it is compared with an equally large one
+    if row.batch > plain.batch:                                      # compared with an equally large one
         plain = replace(plain, batch=row.batch)
     flops = flops_of_update(row, seed, row.slowest)
     first_flops = flops_of(first, first_masks, row.slowest) if row.early else flops
@@ -585,22 +585,25 @@ def mean_of(runs, field):
 def say_table(table, names, args, results):
     """Prints the results as markdown: loss of the full model, mean and standard deviation over the seeds.
 
-    Then the number of seeds and the learning rate; with a star if its search is not at its end.  All rows have
-    the same seeds: --seeds 3 means 0, 1 and 2.  slowest: the FLOPs if all workers had as much to do as the
-    slowest, for which they wait.  gap: the masks' spectral gap.  cosine: between the gradients of two workers,
+    Then the number of seeds and the learning rate; with a star if its search is not at its end.  All rows
+    have the same seeds: --seeds 3 means 0, 1 and 2.  slowest: the FLOPs if all workers had as much to do as
+    the slowest, for which they wait.  gap: the masks' spectral gap.  cosine: between two workers' gradients
     of what all hold, after training.  Both are means over the runs of the shortest length.
     """
     lengths = sorted({r["updates"] for r in results if r["row"] in names})
-    print("| row | parameters | FLOPs | slowest | gap | cosine | " + " | ".join(f"{n} updates" for n in lengths) + " |")
-    print("|---|---|---|---|---|---|" + "---|" * len(lengths))
+    columns = ["row", "parameters", "FLOPs", "slowest", "gap", "cosine", *(f"{n} updates" for n in lengths)]
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
     plain = {(r["row"], r["updates"]): r["flops"] for r in results}  # of the last run of each row
     for name in names:
+        row = table[name]
         mine = [r for r in results if r["row"] == name]
         if not mine:
             continue
-        dense = plain_name(table[name])
+        dense = plain_name(row)
         flops = [r["flops"] / plain[key] for r in mine if (key := (dense, r["updates"])) in plain]
-        cells, shortest = [], []
+        cells = []
+        shortest = []                                                # the runs of the shortest length
         for updates in lengths:
             _, best, more = searched(table, name, results, updates)
             runs = [r for r in mine if (r["updates"], r["lr"]) == (updates, best) and r["seed"] < args.seeds]
@@ -609,14 +612,15 @@ def say_table(table, names, args, results):
             spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
             lr = f"{best:g}{'*' if more else ''}"
             cells.append(f"{statistics.mean(found):.3f}{spread} ({len(found)}; {lr})" if found else "")
-        row = table[name]
-        share = slowest = ""
+        share = ""
+        slowest = ""
         if flops:
             most = flops[0] / flops_of_update(row, 0, row.slowest) * flops_of_update(row, 0, slowest=True)
-            share, slowest = f"{flops[0]:.2f}", f"{most:.2f}"
-        held = f"{parameters_of(table[name]) / parameters_of(table[dense]):.2f}"
-        print(f"| {name} | {held} | {share} | {slowest} | {mean_of(shortest, 'spectral_gap')} | "
-              f"{mean_of(shortest, 'cosine')} | " + " | ".join(cells) + " |")
+            share = f"{flops[0]:.2f}"
+            slowest = f"{most:.2f}"
+        held = f"{parameters_of(row) / parameters_of(table[dense]):.2f}"
+        facts = [name, held, share, slowest, mean_of(shortest, "spectral_gap"), mean_of(shortest, "cosine")]
+        print("| " + " | ".join(facts + cells) + " |")
 
 
 def main(argv=None):

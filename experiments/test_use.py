@@ -393,7 +393,7 @@ class Sum(nn.Module):
 
 
 def _losses_where_a_branch_is_frozen_whole(simulated):
-    masks = {branch: torch.tensor([row] * 6, dtype=torch.bool) for branch, row in (("0", [0, 1]), ("1", [1, 0]))}
+    masks = {"0": torch.tensor([[False, True]] * 6), "1": torch.tensor([[True, False]] * 6)}
     layout = {f"{branch}.{name}.weight": (branch, dim, torch.Size(shape)) for branch in masks
               for name, dim, shape in (("up", 0, (6, 4)), ("down", 1, (4, 6)))}
     value = sdp.fresh(layout, lambda name, tensor, generator: tensor.normal_(generator=generator), 0)
