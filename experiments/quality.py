@@ -91,9 +91,9 @@ def rows():
             out[f"{level}-{held}-flops"] = Row(level=level, held=held, flops=True)
         for level in "block", "neuron":
             out[f"{level}-{held}"] = Row(level=level, held=held)
-        if held in (6, 4):
-            for level in "block", "neuron":
-                out[f"{level}-{held}-unscaled-flops"] = Row(level=level, held=held, flops=True, scaled=False)
+        for level in "block", "neuron":
+            out[f"{level}-{held}-unscaled-flops"] = Row(level=level, held=held, flops=True, scaled=False)
+            out[f"{level}-{held}-unscaled"] = Row(level=level, held=held, scaled=False)
         if held == 6:
             out["stochastic-depth-6-flops"] = Row(level="block", held=6, flops=True, draw="coin", redraw=1)
             out["small-6-layers-flops"] = Row(layers=6, flops=True)
