@@ -135,6 +135,10 @@ def rows():
         out[f"ddp-{layers}-layers"] = deep
         for level in "block", "neuron":
             out[f"{level}-6-{layers}-layers-flops"] = replace(deep, level=level, held=6, flops=True)
+    deep = dict(layers=16, matched=16)
+    out["neuron-6-ends-early-3-16-layers-flops"] = replace(out["neuron-6-ends-early-3-flops"], **deep)
+    out["ddp-half-batch-16-layers-flops"] = Row(batch=1, flops=True, **deep)
+    out["small-12-of-16-layers-flops"] = Row(layers=12, matched=16, flops=True)
     for prefix, images in ("resnet", "shapes"), ("digits", "digits"):
         out[f"{prefix}-ddp"] = Row("resnet", images, batch=8)
         for level in "block", "neuron":
