@@ -30,6 +30,7 @@ import math
 import statistics
 import sys
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -80,6 +81,9 @@ class Row:
     ends: bool = False          # all subnets hold the first and the last block
     finish: float = 0.0         # the last part of the updates is done under backward masking
     early: int = 0              # k in the first half of the updates, then `held`; without a level: workers
+    warm_up: float = 0.2        # the part of the updates in which the learning rate rises
+    decay: float = 0.1          # weight decay of matrices
+    branch_lr: float = 1.0      # what is in branches, which fewer workers train, has so many times the rate
     lr_of: str = ""             # the row whose learning rate this one takes; "": it has its own search
 
 
@@ -122,6 +126,10 @@ def rows():
     out["neuron-6-ends-flops"] = replace(neuron, held=5, ends=True, lr_of="")
     for name in "block-6-ends", "neuron-6-ends", "block-6", "neuron-6":
         out[f"{name}-early-3-flops"] = replace(out[f"{name}-flops"], early=3)  # of 8 at first
+    remedies = {"warm-up": dict(warm_up=0.4), "decay": dict(decay=0.3), "branch-lr": dict(branch_lr=4 / 3)}
+    for name, change in remedies.items():
+        out[f"neuron-6-{name}-flops"] = replace(neuron, **change)
+        out[f"ddp-{name}"] = Row(lr_of="ddp", **change)
     early = out["block-6-ends-early-3-flops"]
     out["block-6-ends-early-3-slowest-flops"] = replace(early, slowest=True)
     out["block-6-ends-early-3-batch-x4-flops"] = replace(early, batch=8)
@@ -423,13 +431,17 @@ def parameters_of(row):
     return max(sum(p.numel() for p in model.parameters()) for model in models)
 
 
-def optimizer_of(row, parameters, lr):
-    """The recipes of train.py: momentum for images, AdamW for text."""
+def optimizer_of(row, parameters, layout, lr):
+    """The recipes of train.py: momentum for images, AdamW for text.  parameters: {full name: parameter}."""
     if row.model == "resnet":
-        return torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    matrices = [p for p in parameters if p.dim() > 1]
-    vectors = [p for p in parameters if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+        return torch.optim.SGD(parameters.values(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    groups = defaultdict(list)
+    for name, p in parameters.items():
+        branch, _, shape = layout[name]
+        factor = 1.0 if branch is None else row.branch_lr
+        groups[factor, row.decay if len(shape) > 1 else 0.0].append(p)
+    groups = [{"params": ps, "weight_decay": decay, "lr_factor": factor}
+              for (factor, decay), ps in groups.items()]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -456,7 +468,7 @@ def train(row, updates, seed, lr, dataset, report):
     elif row.level:
         workers.use(masks, row.scaled and not row.backward, row.backward, coin)
     parameters = list(workers.parameters.values())
-    optimizer = optimizer_of(row, parameters, lr)
+    optimizer = optimizer_of(row, workers.parameters, workers.layout, lr)
     dataset.batch_size, dataset.seed = 64, seed
     val = [dataset.batch("val", i, 0, 1) for i in range(math.ceil(dataset.val_count / dataset.batch_size))]
     calibration = [dataset.batch("train", i, 0, 1) for i in range(CALIBRATION)]
@@ -471,7 +483,7 @@ def train(row, updates, seed, lr, dataset, report):
         if row.finish and step == round(steps * (1 - row.finish)):
             workers.use(masks, False, backward=True)
         for group in optimizer.param_groups:
-            group["lr"] = schedule(step, steps, lr)
+            group["lr"] = schedule(step, steps, lr, row.warm_up) * group.get("lr_factor", 1.0)
         count = first.workers if step < steps // 2 else row.workers
         workers.update([dataset.batch("train", step, worker, count) for worker in range(count)])
         samples += count * row.batch
@@ -501,9 +513,9 @@ def train(row, updates, seed, lr, dataset, report):
     return result
 
 
-def schedule(step, steps, peak):
-    """The learning rate: it rises over a fifth of the run, then falls, as a cosine, to a tenth."""
-    warm = max(1, round(steps / 5))
+def schedule(step, steps, peak, warm_up):
+    """The learning rate: it rises over a part of the run, then falls, as a cosine, to a tenth."""
+    warm = max(1, round(steps * warm_up))
     if step < warm:
         return peak * (step + 1) / warm
     return peak * (0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, steps - warm))))
@@ -644,7 +656,7 @@ def main(argv=None):
     if args.list:
         for name in names:
             changes = [f"{k}={v}" for k, v in asdict(table[name]).items() if v != getattr(Row(), k)]
-            print(f"{name:36}{', '.join(changes)}")
+            print(f"{name:40}{', '.join(changes)}")
         return
     if args.table:
         return say_table(table, names, args, read(args.results))
