@@ -331,9 +331,7 @@ class Piece(NamedTuple):
 
 def flat(tensor, slot):
     """A parameter's or gradient's numbers, neuron by neuron: 1-D, a view if they lie so, else a copy."""
-    if slot.dim is not None:
-        tensor = tensor.movedim(slot.dim, 0)
-    return tensor.reshape(-1)
+    return tensor.movedim(slot.dim or 0, 0).reshape(-1)     # None: the parameter is whole
 
 
 def pieces_of(masks, layout):
@@ -359,13 +357,19 @@ def pieces_of(masks, layout):
 def find_pieces(params, places, masks, layout, subnet):
     """All pieces of the full model in forward order, with their place in this process's module.
 
-    params: its parameters; places: its `slots`.  A full parameter is in at most two parameters here: the
-    trained one, and the one in `rest`.  Each piece takes the next `numel` numbers of one of them, as
-    `pieces_of` and `slots` have the holder sets in the same order.
+    params: its parameters; places: its `slots`.  Lays each parameter out neuron by neuron: shapes and values
+    stay, the strides change.  A full parameter is in at most two parameters here: the trained one, and the
+    one in `rest`.  Each piece takes the next `numel` numbers of one of them, as `pieces_of` and `slots` have
+    the holder sets in the same order.
     """
-    here = {(slot.name, slot.trains): local for local, slot in places.items()}
-    # Views, as MaskedAllReduce has laid out all parameters neuron by neuron: the optimizer writes into them
-    memory = {local: flat(p.data, places[local]) for local, p in params.items()}
+    here = {}
+    memory = {}                                             # views: the optimizer writes into the parameters
+    for local, slot in places.items():
+        p = params[local]
+        dim = slot.dim or 0
+        p.data = p.data.movedim(dim, 0).contiguous().movedim(0, dim)
+        here[slot.name, slot.trains] = local
+        memory[local] = flat(p.data, slot)
     out = []
     for name, holders, numel in pieces_of(masks, layout):
         trains = subnet in holders
@@ -378,9 +382,22 @@ def find_pieces(params, places, masks, layout, subnet):
     return out
 
 
-# Order.  Workers 0 and 1 may share the groups (0, 1) and (0, 1, 2).  If worker 0 began with the one and
-# worker 1 with the other, both would wait for ever.  So all workers go through all messages in one global
-# order, each leaving out those that are not for it.
+def make_groups(all_pieces, n_subnets, timeout):
+    """{holders: ProcessGroup of the workers that train these subnets}, in the order of the messages.
+
+    Collective: all ranks make all groups.  The order matters: workers 0 and 1 may share the groups (0, 1) and
+    (0, 1, 2).  If worker 0 began with the one and worker 1 with the other, both would wait for ever.  So all
+    workers go through all groups in one global order, each leaving out those that are not for it.
+    """
+    world = dist.get_world_size()
+    groups = {}
+    for piece in all_pieces:
+        if piece.holders not in groups:
+            workers = [rank for rank in range(world) if rank % n_subnets in piece.holders]
+            whole = len(workers) == world
+            groups[piece.holders] = dist.group.WORLD if whole else dist.new_group(workers, timeout=timeout)
+    return groups
+
 
 class MaskedAllReduce:
     """The method on real workers in its plain form: after the backward pass, one message for each holder set.
@@ -420,13 +437,6 @@ class MaskedAllReduce:
         self.device = next(iter(self.params.values())).device
         self.dtype = next(iter(self.params.values())).dtype
         check_wrap(module, self.slots)
-        # Neuron by neuron in memory, so that a piece is a slice.  Shapes and values stay, the strides change
-        for local, slot in self.slots.items():
-            p = self.params[local]
-            if slot.dim is None:
-                p.data = p.data.contiguous()
-            else:
-                p.data = p.data.movedim(slot.dim, 0).contiguous().movedim(0, slot.dim)
         self.all_pieces = find_pieces(self.params, self.slots, masks, layout, self.subnet)
         check_pieces(self.all_pieces, self.n_subnets, self.subnet, backward)
         self.pieces = [piece for piece in self.all_pieces if self.subnet in piece.holders]
@@ -434,14 +444,7 @@ class MaskedAllReduce:
         for piece in self.pieces:
             self.pieces_in[piece.local].append(piece)
 
-        # Collective: all ranks make all groups in one order, which is that of the messages too
-        self.groups = {}                                    # holders -> ProcessGroup
-        for piece in self.all_pieces:
-            if piece.holders not in self.groups:
-                workers = [rank for rank in range(self.world) if rank % self.n_subnets in piece.holders]
-                whole = len(workers) == self.world
-                group = dist.group.WORLD if whole else dist.new_group(workers, timeout=timeout)
-                self.groups[piece.holders] = group
+        self.groups = make_groups(self.all_pieces, self.n_subnets, timeout)
         # All that have a piece begin with its first holder's.  (The rank of subnet s's first worker is s)
         for piece in self.all_pieces:
             if piece.param is not None:
