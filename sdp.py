@@ -399,6 +399,12 @@ def make_groups(all_pieces, n_subnets, timeout):
     return groups
 
 
+def deal_out(gradients, pieces):
+    """Makes each piece's part of a 1-D tensor its gradient: views, no copies."""
+    for piece, part in zip(pieces, gradients.split([piece.numel for piece in pieces])):
+        piece.param.grad = part
+
+
 class MaskedAllReduce:
     """The method on real workers in its plain form: after the backward pass, one message for each holder set.
 
@@ -443,7 +449,6 @@ class MaskedAllReduce:
         self.pieces_in = defaultdict(list)                  # trained parameter -> its pieces, in order
         for piece in self.pieces:
             self.pieces_in[piece.local].append(piece)
-
         self.groups = make_groups(self.all_pieces, self.n_subnets, timeout)
         # All that have a piece begin with its first holder's.  (The rank of subnet s's first worker is s)
         for piece in self.all_pieces:
@@ -479,10 +484,7 @@ class MaskedAllReduce:
             raise RuntimeError(f"{local} was frozen after it was wrapped, and others wait for its gradient: "
                                f"leave its pieces out of the optimizer instead")
         grad = torch.zeros_like(p) if p.grad is None else p.grad  # None: it took no part in this loss
-        pieces = self.pieces_in[local]
-        parts = flat(grad, self.slots[local]).split([piece.numel for piece in pieces])
-        for piece, part in zip(pieces, parts):
-            piece.param.grad = part
+        deal_out(flat(grad, self.slots[local]), self.pieces_in[local])
         p.grad = None
 
     @torch.no_grad()
@@ -491,13 +493,6 @@ class MaskedAllReduce:
         for piece in self.all_pieces:
             if self.backward and len(piece.holders) < self.n_subnets:  # some subnet has it frozen
                 dist.broadcast(piece.param.data, src=piece.holders[0])
-
-
-def deal_out(message, pieces):
-    """The message has the averages of these pieces: from now on it is their gradients' memory."""
-    for piece, part in zip(pieces, message.split([piece.numel for piece in pieces])):
-        piece.param.grad = part
-
 
 # -----------------------------------------------------------------------------------------------------------
 # The first weights
