@@ -130,10 +130,12 @@ def rows():
     for name, change in remedies.items():
         out[f"neuron-6-{name}-flops"] = replace(neuron, **change)
         out[f"ddp-{name}"] = Row(lr_of="ddp", **change)
+    best = out["neuron-6-ends-early-3-flops"]
+    out["neuron-6-ends-early-3-warm-up-flops"] = replace(best, **remedies["warm-up"])
     early = out["block-6-ends-early-3-flops"]
     out["block-6-ends-early-3-slowest-flops"] = replace(early, slowest=True)
     out["block-6-ends-early-3-batch-x4-flops"] = replace(early, batch=8)
-    out["neuron-6-ends-early-3-half-batch-flops"] = replace(out["neuron-6-ends-early-3-flops"], batch=1)
+    out["neuron-6-ends-early-3-half-batch-flops"] = replace(best, batch=1)
     out["ddp-6-workers-early-3-flops"] = Row(workers=6, flops=True, early=3)
     for row in block, neuron:
         for percent in 10, 20:
@@ -144,7 +146,7 @@ def rows():
         for level in "block", "neuron":
             out[f"{level}-6-{layers}-layers-flops"] = replace(deep, level=level, held=6, flops=True)
     deep = dict(layers=16, matched=16)
-    out["neuron-6-ends-early-3-16-layers-flops"] = replace(out["neuron-6-ends-early-3-flops"], **deep)
+    out["neuron-6-ends-early-3-16-layers-flops"] = replace(best, **deep)
     out["ddp-half-batch-16-layers-flops"] = Row(batch=1, flops=True, **deep)
     out["small-12-of-16-layers-flops"] = Row(layers=12, matched=16, flops=True)
     for prefix, images in ("resnet", "shapes"), ("digits", "digits"):
