@@ -129,7 +129,7 @@ def rows():
     remedies = {"warm-up": dict(warm_up=0.4), "decay": dict(decay=0.3), "branch-lr": dict(branch_lr=4 / 3)}
     for name, change in remedies.items():
         out[f"neuron-6-{name}-flops"] = replace(neuron, **change)
-        out[f"ddp-{name}"] = Row(lr_of="ddp", **change)
+        out[f"ddp-{name}"] = Row(**change)
     best = out["neuron-6-ends-early-3-flops"]
     out["neuron-6-ends-early-3-warm-up-flops"] = replace(best, **remedies["warm-up"])
     early = out["block-6-ends-early-3-flops"]
