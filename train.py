@@ -53,11 +53,9 @@ DEFAULTS = {
     "llama-500m": dict(data="stdlib", steps=20000, batch_size=4, seq_len=2048, lr=4e-4, eval_every=100),
     "llama-1b": dict(data="stdlib", steps=40000, batch_size=2, seq_len=2048, lr=3e-4, eval_every=100),
     "resnet18": dict(data="cifar10", steps=78000, batch_size=32, lr=0.1, eval_every=2000),
+    "shapes": dict(steps=300, batch_size=16, lr=0.03, eval_every=100),
 }
-SHAPES = dict(steps=300, batch_size=16, lr=0.03, eval_every=100)
 STATISTICS_IMAGES = 1024            # batch norm's statistics come from so many training images
-FLAGS = ("parallel", "masking", "level", "coverage", "subnets", "steps", "flop_match", "seed", "batch_size",
-         "seq_len", "grad_accum", "lr", "dtype", "reduce_dtype")       # --resume says which of them changed
 
 
 def adamw(pieces, layout, lr):
@@ -81,7 +79,7 @@ TEXT = SimpleNamespace(module=llama, Model=llama.Llama, size="vocab_size", optim
                        moments=("exp_avg", "exp_avg_sq"), max_norm=1.0, last_lr=0.1, scales=True)
 IMAGES = SimpleNamespace(module=resnet, Model=resnet.ResNet, size="num_classes", optimizer=momentum,
                          moments=("momentum_buffer",), max_norm=math.inf, last_lr=0.0, scales=False)
-FAMILIES = {model: IMAGES if model in resnet.PRESETS else TEXT for model in DEFAULTS}
+FAMILIES = {**dict.fromkeys(llama.PRESETS, TEXT), **dict.fromkeys(resnet.PRESETS, IMAGES)}
 
 
 # -- Flags -----------------------------------------------------------------------------------------
@@ -95,7 +93,7 @@ def positive(text):
 def shared_flags(description):
     """A parser with the flags that train.py, experiments/plan.py and experiments/bench.py have in common."""
     p = data.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", choices=list(DEFAULTS), help="[llama-tiny]")
+    p.add_argument("--model", choices=list(FAMILIES), help="[llama-tiny]")
     p.add_argument("--data", type=os.path.expanduser,
                    help="stdlib, fineweb, PATH.bin; cifar10, cifar100, shapes [stdlib, or cifar10]")
     p.add_argument("--level", choices=list(sdp.MASKS), default="block", help="mask function [%(default)s]")
@@ -156,19 +154,14 @@ def settle(args, saved):
         raise UserError(f"--model {args.model} contradicts the checkpoint, which has {saved['model']}")
     if args.data is None:
         args.data = saved.get("data", DEFAULTS[args.model]["data"])
-    for flag, value in {**DEFAULTS[args.model], **(SHAPES if args.data == "shapes" else {})}.items():
+    for flag, value in {**DEFAULTS[args.model], **DEFAULTS.get(args.data, {})}.items():
         if getattr(args, flag, None) is None:
             setattr(args, flag, value)
-    family = FAMILIES[args.model]
-    if (family is IMAGES) != (args.data in data.IMAGES):
+    if (args.model in resnet.PRESETS) != (args.data in data.IMAGES):
         raise UserError(f"{args.model} cannot read --data {args.data}: resnet18 reads images "
                         f"({', '.join(data.IMAGES)}), the others read text")
-    if family is TEXT and args.seq_len > family.module.PRESETS[args.model].max_position_embeddings:
-        raise UserError(f"--seq-len {args.seq_len} is longer than the context of {args.model}")
-    if not 0 < args.lr < 1e6:
-        raise UserError(f"--lr must be a positive number below a million, not {args.lr}")
-    if args.seed < 0:
-        raise UserError(f"--seed must be at least 0, not {args.seed}")
+    if args.seed < 0 or not 0 < args.lr < 1e6:
+        raise UserError("--seed must be at least 0, --lr above 0 and below a million")
     if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--compile needs a C++ compiler: install g++, or name yours in the variable CXX")
     args.subnets = args.subnets or (WORLD if DISTRIBUTED else 4)
@@ -191,14 +184,15 @@ def train(args, device):
     design = Design(args, config)
     full = design.full_model()
     first, updates = check_checkpoint(checkpoint, design, full, dataset) if checkpoint else (0, 0)
-    agree({**vars(args), "contents of --data": dataset.digest, "checkpoint": checkpoint.get("checksum"),
+    agree({**vars(args), "contents of --data": dataset.digest, "checkpoint": (first, saved),
            "masks": data.fingerprint(mask.numpy() for mask in design.masks.values())})
     on_rank_0(claim_out_dir, args)
     describe(design, dataset, saved, device)
     batch = dataset.batch("train", 0, 0, 1)                          # for its shape
     flops, full_flops = measure_workers(design, full, batch)         # of one micro-step
     steps = round(args.steps * full_flops / flops) if args.flop_match else args.steps
-    if first >= min(steps, args.until or steps):
+    last = min(steps, args.until or steps)
+    if first >= last:
         say(f"nothing to do: the checkpoint in {out_dir} is of step {first} of {steps}")
         return
 
@@ -208,13 +202,11 @@ def train(args, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     flops_done = saved.get("flops", 0)
     lost = 0                                                         # updates skipped in a row
-    run_began = time.perf_counter()
     watch_signals()
 
-    for step in range(first, steps):
-        step_began = time.perf_counter()
+    for step in range(first, last):
+        began = time.perf_counter()
         done = step + 1
-        is_last = done == steps
         lr = learning_rate(step, steps, args.lr, design.family.last_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -223,7 +215,6 @@ def train(args, device):
         # becomes their mean, and how many of them a signal has told to stop
         message = sync.clip_grad_norm(design.family.max_norm, loss / sync.world, float(STOP))
         norm, loss, stops = message.tolist()
-        stops = stops or done == args.until
         if math.isfinite(norm) and math.isfinite(loss):              # alike on all ranks
             optimizer.step()
             updates += 1
@@ -236,35 +227,36 @@ def train(args, device):
         optimizer.zero_grad()
         sync.refresh()                                               # backward masking: new frozen weights
         flops_done += flops * args.grad_accum
-        ms = (time.perf_counter() - step_began) * 1000
+        ms = (time.perf_counter() - began) * 1000
 
         # No evaluation after a signal: whoever stops us may kill us before it ends
-        evaluates = is_last or (done % args.eval_every == 0 and not stops)
-        saves = is_last or stops or done % args.save_every == 0
+        evaluates = done == last or (done % args.eval_every == 0 and not stops)
+        saves = done == last or stops or done % args.save_every == 0
         if evaluates or saves:
-            statistics = estimate_statistics(sync, full, dataset, autocast)  # of batch norms, if any
+            estimate_statistics(sync, full, dataset, autocast)       # of batch norms, if any
         if evaluates or done % args.log_every == 0:
             speed = sync.world * args.grad_accum * batch[1].numel() / ms * 1000
-            sent_bytes, peak = largest_of_ranks(sync)
+            say(f"step {done:5}/{steps}  loss {loss:.4f}  {ms:6.0f} ms/step  {speed:8.0f} {dataset.unit}/s  "
+                f"{ms * (last - done) / 60000:5.1f} min left")
+            ranks = of_all_ranks((sync.sent_bytes, torch.cuda.max_memory_allocated()))
+            sent_bytes, peaks = zip(*ranks)
             line = {"step": done, "loss": loss, "lr": lr, "grad_norm": norm, "step_ms": ms,
-                    f"{dataset.unit}_per_s": speed, "sent_bytes": sent_bytes, "peak_mem_bytes": peak,
-                    "flops": flops_done, "skipped": done - updates}
-            left = (time.perf_counter() - run_began) / (done - first) * (steps - done)
-            text = (f"step {done:5}/{steps}  loss {loss:.4f}  {ms:6.0f} ms/step  "
-                    f"{speed:8.0f} {dataset.unit}/s  {left / 60:5.1f} min left")
+                    f"{dataset.unit}_per_s": speed, "sent_bytes": round(max(sent_bytes)),
+                    "peak_mem_bytes": max(peaks) or None, "flops": flops_done, "skipped": done - updates}
             if evaluates:
                 line |= evaluate(sync, full, dataset, design.family.module.loss, autocast)
-                text += (f"\n{'':18}full model: validation loss {line['val_loss']:.4f} nats, "
-                         f"accuracy {line['val_acc']:.2%}")
-            on_rank_0(report, text, out_dir / "metrics.jsonl", line)
+                say(f"{'':18}full model: validation loss {line['val_loss']:.4f} nats, "
+                    f"accuracy {line['val_acc']:.2%}")
+            on_rank_0(add_line, out_dir / "metrics.jsonl", line)
         if saves:
             config = {**vars(args), **asdict(design.config), "data_digest": dataset.digest,
                       "flops": flops_done}
             facts = {"step": done, "config": config, "masks": design.masks}
-            save_checkpoint(out_dir, facts, sync, optimizer, design.family.moments, updates, statistics)
-        if stops and not is_last:
-            say(f"told to stop: saved after step {done}; --resume goes on from there")
-            return
+            save_checkpoint(out_dir, facts, sync, full, optimizer, design.family.moments, updates)
+        if stops:
+            break
+    if done < steps:
+        say(f"stopped and saved after step {done}: --resume goes on from there")
 
 
 def accumulate(sync, dataset, step, micro_steps, autocast):
@@ -371,8 +363,7 @@ def build(design, device, checkpoint):
             compile_blocks(module)
     else:
         modules = [design.model(subnet) for subnet in range(design.n_subnets)]
-        workers = design.args.subnets                                # for DDP too, where S is 1
-        sync = sdp.Simulation(modules, design.masks, design.layout, value, workers, device)
+        sync = sdp.Simulation(modules, design.masks, design.layout, value, design.args.subnets, device)
     optimizer = design.family.optimizer(sync.pieces, design.layout, design.args.lr)
     saved = checkpoint.get("optimizer", {})                          # {}: the run begins
     for piece in sync.pieces:
@@ -414,9 +405,8 @@ class DataParallel(sdp.Simulation):
         pass                                                         # the backward pass has averaged
 
     def clip_grad_norm(self, max_norm, *scalars):
-        norm = nn.utils.clip_grad_norm_(self.full.values(), max_norm)
-        packet = [norm / self.world, *scalars]                       # all have the same norm: the sum is that
-        packet = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in packet])
+        packet = super().clip_grad_norm(max_norm, *scalars)
+        packet[0] /= self.world                                      # all have the same norm: the sum is that
         dist.all_reduce(packet)
         return packet
 
@@ -430,20 +420,13 @@ def describe(design, dataset, saved, device):
     workers = f"{WORLD} workers" if DISTRIBUTED else f"{args.subnets} workers simulated in this process"
     say(f"{args.model} on {args.data}{synthetic}, {args.parallel}, {workers}, {device.type}, {args.dtype}; "
         f"validation: {dataset.validation}")
-    changed = [f"--{flag.replace('_', '-')} {vars(args)[flag]} (was {saved[flag]})" for flag in FLAGS
-               if saved and saved[flag] != vars(args)[flag]]
+    changed = [f"{flag} {now} (was {saved[flag]})" for flag, now in vars(args).items()
+               if flag not in ("resume", "overwrite") and saved.get(flag, now) != now]
     if changed:
         say(f"not as it was before --resume: {', '.join(changed)}")
     if args.parallel == "sdp":
         say(f"{args.masking} masking, {args.level} level, coverage {args.coverage}; "
-            f"who holds what (subnets across):\n")
-        describe_masks(design)
-
-
-def describe_masks(design):
-    gap, _ = sdp.spectral_gap(*sdp.rows_of(design.masks))
-    say(f"{sdp.picture(design.masks, design.branches)}\n\n  spectral gap {gap:.2f}, of 0 to 1: how fast "
-        f"news spreads among the subnetworks")
+            f"who holds what (subnets across):\n\n{sdp.picture(design.masks, design.branches)}")
     for warning in design.warnings:
         say(f"warning: {warning}")
 
@@ -489,13 +472,13 @@ def run_full_model(sync, full, dataset, split, count):
 
 @torch.no_grad()
 def estimate_statistics(sync, full, dataset, autocast):
-    """Mean and variance of every batch norm's inputs in the full model, put into `full`.  -> {name: tensor}
+    """Gives the batch norms of `full`, if there are any, mean and variance of their inputs.
 
     Those of the subnetworks would be of no use.  These are plain means over all workers' first batches.
     """
     norms = [module for module in full.modules() if isinstance(module, nn.BatchNorm2d)]
     if not norms:
-        return {}
+        return
     for norm in norms:
         norm.to_empty(device=sync.device).reset_running_stats()
     full.train()
@@ -508,7 +491,6 @@ def estimate_statistics(sync, full, dataset, autocast):
             dist.all_reduce(b)                                       # of equally many images each
             if b.is_floating_point():
                 b /= WORLD
-    return dict(full.named_buffers())
 
 
 @torch.no_grad()
@@ -526,31 +508,18 @@ def evaluate(sync, full, dataset, loss_of, autocast):
     return {"val_loss": loss, "val_acc": accuracy}
 
 
-def largest_of_ranks(sync):
-    """-> most bytes that a worker sends in an update, and most that it had on its GPU, without one None."""
-    both = [sync.sent_bytes, torch.cuda.max_memory_allocated()]
-    both = torch.tensor(both, dtype=torch.float64, device=sync.device)
-    if DISTRIBUTED:
-        dist.all_reduce(both, op=dist.ReduceOp.MAX)
-    sent_bytes, peak = both.tolist()
-    return round(sent_bytes), int(peak) or None
-
-
 def sample(args, count=200):
     """Prints text of a checkpoint's full model: an ordinary Llama, no trace of subnetworks is left in it."""
     checkpoint = open_checkpoint(Path(args.out_dir)) if args.resume else {}
     if not checkpoint:
         raise UserError(f"--sample needs --resume and a checkpoint in --out-dir {args.out_dir}")
     saved = checkpoint["config"]
-    settle(args, saved)
-    if FAMILIES[args.model] is not TEXT:
-        raise UserError(f"--sample prints text, and the checkpoint's model, {args.model}, reads images")
-    encoding = data.encoding_for(saved.get("vocab_size"))
-    device, _ = pick_device(args.device)
+    settle(args, saved)                                              # refuses another --model
+    encoding = data.encoding_for(saved.get("vocab_size"))            # images have none
+    device = pick_device(args.device)
+    config = llama.LlamaConfig(**{field: saved[field] for field in asdict(llama.LlamaConfig())})
     with torch.device("meta"):
-        model = llama.Llama(replace(llama.PRESETS[args.model], vocab_size=saved["vocab_size"]))
-    if kinds(checkpoint.get("model")) != kinds(model.state_dict()):
-        raise UserError("the checkpoint's model has other names, shapes or types than it should")
+        model = llama.Llama(config)
     model.load_state_dict(checkpoint["model"], assign=True)
     tokens = torch.tensor([encoding.encode_ordinary(args.sample) or [10]], device=device)
     rng = torch.Generator(device).manual_seed(0)
@@ -594,31 +563,30 @@ def begin_metrics(args, start):
     os.replace(part, metrics)
 
 
-def report(text, path, line):
-    """Prints the text, and adds a line to metrics.jsonl."""
-    say(text)
+def add_line(path, line):
+    """Adds a line to metrics.jsonl."""
     line = {name: None if x is None or not math.isfinite(x) else x for name, x in line.items()}
     with open(path, "a") as f:
         f.write(json.dumps(line) + "\n")                             # JSON knows no NaN
 
 
-def save_checkpoint(out_dir, facts, sync, optimizer, moments, updates, statistics):
+def save_checkpoint(out_dir, facts, sync, full, optimizer, moments, updates):
     """Gathers model and optimizer state, one parameter at a time, and writes ckpt.pt.
 
-    facts: the rest of the checkpoint.  moments: names in the optimizer's state.  updates: how often it has
-    stepped; before the first time its moments are zeros.  statistics: of batch norms, {name: tensor}.
+    facts: the rest of the checkpoint.  full: it has the statistics of batch norms.  moments: names in the
+    optimizer's state.  updates: how often it has stepped; before the first time its moments are zeros.
     """
-    def full(tensors=None):
+    def gathered(tensors=None):
         return {name: t.cpu().clone() for name, t in sync.gather(tensors) if RANK == 0}
 
-    model = full()
+    model = gathered()
     state = {name: {"step": updates} for name in model}
     params = [piece.param for piece in sync.pieces]
     for key in moments:
         parts = [optimizer.state[p].get(key, torch.zeros_like(p)) for p in params]
-        for name, moment in full(parts).items():
+        for name, moment in gathered(parts).items():
             state[name][key] = moment
-    model.update({name: b.cpu() for name, b in statistics.items()})
+    model.update({name: b.cpu() for name, b in full.named_buffers()})
     on_rank_0(write_checkpoint, {"model": model, "optimizer": state, **facts}, out_dir / "ckpt.pt")
 
 
@@ -647,34 +615,35 @@ def write_checkpoint(checkpoint, path):
 
 
 def open_checkpoint(out_dir):
-    """-> the newest undamaged checkpoint, with a checksum, or {} if there is none.
+    """-> the newest undamaged checkpoint, or {} if there is none.
 
     Its tensors are mapped: a rank reads only what it cuts.
     """
-    paths = [path for path in (out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt") if path.exists()]
-    for path in paths:
+    problems = []
+    for path in out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt":
+        if not path.exists():
+            continue
         checkpoint = None
+        problem = "is not a checkpoint of this program"
         try:
             # torch.load notices no flipped bit, but the zip checksums do; what zip forgives, torch does not
-            archive = zipfile.ZipFile(path)
-            if archive.testzip():
-                continue
+            if zipfile.ZipFile(path).testzip():
+                raise zipfile.BadZipFile
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError:                               # more than tensors and plain values
             pass
         except Exception:                                            # damage has many faces
             with open(path, "rb") as file:
                 if file.read(2) == b"PK":                            # an archive, as ours are
-                    continue
+                    problem = "is damaged"
         config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
-        wanted = {*FLAGS, "mask_seed", "data", "data_digest", "flops"}
-        if not isinstance(config, dict) or config.get("model") not in DEFAULTS or wanted - config.keys():
-            raise UserError(f"{path} is not a checkpoint of this program: move it, or change --out-dir")
-        if path != paths[0]:
-            say(f"warning: {paths[0]} is damaged, going on from {path}")
-        return {**checkpoint, "checksum": [file.CRC for file in archive.infolist()]}
-    if paths:
-        raise UserError(f"{paths[0]} is damaged and no other is there: start again with --overwrite")
+        if isinstance(config, dict) and config.get("model") in FAMILIES and "data_digest" in config:
+            for line in problems:
+                say(f"warning: {line}, going on from {path}")
+            return checkpoint
+        problems.append(f"{path} {problem}")
+    if problems:
+        raise UserError(f"{', '.join(problems)}: move what you want to keep, or change --out-dir")
     return {}
 
 
@@ -735,31 +704,34 @@ def watch_signals():
 
 
 def pick_device(wanted):
-    """This rank's device, and the backend: NCCL where each rank has a GPU of its own, otherwise gloo."""
+    """-> this rank's device: a GPU where there is one"""
     gpus = torch.cuda.device_count()
     if wanted == "cuda" and not gpus:
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
     if wanted == "cpu" or not gpus:
-        return torch.device("cpu"), "gloo"
-    index = int(os.environ["LOCAL_RANK"]) % gpus if DISTRIBUTED else 0
-    torch.cuda.set_device(index)
-    own = DISTRIBUTED and int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus
-    return torch.device("cuda", index), "nccl" if own else "gloo"
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus if DISTRIBUTED else 0)
+    torch.cuda.set_device(device)
+    return device
 
 
 def start_processes(wanted, timeout):
     """Joins the other ranks.  -> this rank's device"""
     global PATIENT
-    device, backend = pick_device(wanted)
+    device = pick_device(wanted)
     if not DISTRIBUTED:
         return device
+    ranks_here = int(os.environ["LOCAL_WORLD_SIZE"])
+    backend = "gloo"                                                 # NCCL needs a GPU for each rank
+    if device.type == "cuda" and ranks_here <= torch.cuda.device_count():
+        backend = "nccl"
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):                                       # Linux
         libc.prctl(1, signal.SIGTERM)                                # PR_SET_PDEATHSIG: end with torchrun
     os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")         # for groups that overlap, see sdp.py
     wait = timedelta(seconds=timeout)
     store, rank, world = next(rendezvous("env://", timeout=wait))
-    if os.environ["LOCAL_WORLD_SIZE"] == str(WORLD):
+    if ranks_here == WORLD:
         # torchrun keeps the store over restarts, and ranks would find addresses of the dead in it
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait,
@@ -770,14 +742,20 @@ def start_processes(wanted, timeout):
     return device
 
 
-def agree(mine):
-    """Refuses to start unless all ranks have the same {name: value}."""
+def of_all_ranks(mine):
+    """-> a list of what each rank has called this with."""
     ranks = [mine] * WORLD
     if DISTRIBUTED:
         dist.all_gather_object(ranks, mine)
-    differ = [name for its in ranks for name in mine if its[name] != ranks[0][name]]
-    if differ:
-        raise UserError(f"not all ranks were started with the same {differ[0]}")
+    return ranks
+
+
+def agree(mine):
+    """Refuses to start unless all ranks have the same {name: value}."""
+    for its in of_all_ranks(mine):
+        for name, value in its.items():
+            if value != mine[name]:
+                raise UserError(f"not all ranks were started with the same {name}")
 
 
 def on_rank_0(work, *arguments):

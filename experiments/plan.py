@@ -448,12 +448,13 @@ def say_rows(rows):
 
 def main(argv=None):
     args = flags(__doc__, "plan.jsonl").parse_args(argv)
-    device, _ = train.pick_device(args.device)
+    device = train.pick_device(args.device)
     config, batch = shapes(args)
     world, all_designs = args.subnets, designs(args, config)
     say(f"{args.model}, {world} workers, {args.subnets} subnets, coverage {args.coverage}, "
         f"batch {args.batch_size}, {device.type}, {args.dtype}; who holds what (subnets across):\n")
-    train.describe_masks(train.Design(args, config))
+    shown = train.Design(args, config)
+    say(sdp.picture(shown.masks, shown.branches))
     for held in range(1, args.subnets + 1):
         coverage = f"{held}/{args.subnets}"
         at = changed(args, masking="forward", coverage=coverage)
