@@ -15,21 +15,24 @@ import argparse
 import contextlib
 import hashlib
 import http.client
+import math
 import os
 import re
 import signal
 import sys
-import sysconfig
 import tempfile
 import time
 import traceback
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
+from numpy.lib.stride_tricks import sliding_window_view
+from torch.utils.data import ConcatDataset
 
 MAGIC, VERSION, HEADER = 20240520, 1, 256 * 4              # HEADER in bytes
 GPT2 = 50257                                               # size of GPT-2's vocabulary
@@ -72,59 +75,61 @@ def write_bin(path, tokens, vocab_size):
 
 def read_bin(path):
     """-> (tokens: uint16 [count], mapped into memory; vocabulary size).  Raises UserError for other files."""
-    if Path(path).is_fifo():                               # to open it would wait for ever
-        raise UserError(f"{path} is a pipe: write it to a file first")
     header = np.fromfile(path, np.int32, 256)
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION or not 0 <= header[3] <= 65536:
         raise UserError(f"{path} is not a token shard: make one with  python data.py text")
-    size, wanted = os.path.getsize(path), HEADER + 2 * int(header[2])
+    size = os.path.getsize(path)
+    wanted = HEADER + 2 * int(header[2])
     if size != wanted or size == HEADER:
         raise UserError(f"{path} should have {wanted} bytes but has {size}: fetch it again")
-    tokens, vocab_size = np.memmap(path, np.uint16, "r", HEADER), int(header[3]) or GPT2
+    tokens = np.memmap(path, np.uint16, "r", HEADER)
+    vocab_size = int(header[3]) or GPT2
     largest = tokens.max()
     if largest >= vocab_size:
         raise UserError(f"{path} has token {largest}, but its vocabulary is {vocab_size}: tokenise it again")
     return tokens, vocab_size
 
 
+@dataclass
 class Tokens:
-    """Text as a language model's batches.  splits: {"train": [arrays of tokens], "val": [one array]}"""
-
+    """Text as a language model's batches."""
+    splits: dict                    # {"train": [arrays of tokens], "val": [one array]}
+    vocab_size: int
+    batch_size: int
+    seq_len: int
+    seed: int
+    validation: str = ""            # where the validation text is from
     unit = "tokens"
 
-    def __init__(self, splits, vocab_size, batch_size, seq_len, seed, validation=""):
-        shortest = min(map(len, splits["train"] + splits["val"]))
-        if shortest <= seq_len:
+    def __post_init__(self):
+        parts = self.splits["train"] + self.splits["val"]
+        shortest = min(map(len, parts))
+        if shortest <= self.seq_len:
             raise UserError(f"a part of the data has {shortest} tokens, too short for one sequence: use a "
                             f"smaller --seq-len, or more text")
-        self.splits, self.vocab_size, self.validation = splits, vocab_size, validation
-        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
-        self.val_count = min(VAL_SEQUENCES, (len(splits["val"][0]) - 1) // seq_len)      # sequences
-        self.digest = fingerprint(splits["train"] + splits["val"])
+        self.val_count = min(VAL_SEQUENCES, (len(parts[-1]) - 1) // self.seq_len)
+        self.digest = fingerprint(parts)
 
     def batch(self, split, step, worker, workers):
         """-> inputs, targets: int64 [B, T].  train: random windows; val: this worker's share, maybe fewer."""
-        shards = self.splits[split]
+        length = self.seq_len + 1                          # the targets are the inputs, one token later
+        # All windows of all shards, as if they were in one list.  Nothing is read or copied yet
+        windows = ConcatDataset([sliding_window_view(tokens, length) for tokens in self.splits[split]])
         if split == "train":
-            lengths = torch.tensor([len(tokens) - self.seq_len for tokens in shards])
-            ends = lengths.cumsum(0)
             rng = seeded(self.seed, step, worker, workers)
-            starts = torch.randint(int(ends[-1]), (self.batch_size,), generator=rng)  # as if in one shard
-            which = torch.searchsorted(ends, starts, right=True)     # the shard in which each window begins
-            starts -= (ends - lengths)[which]                        # and where in it
+            starts = torch.randint(len(windows), (self.batch_size,), generator=rng)
         else:
             first = (step * workers + worker) * self.batch_size
-            sequences = torch.arange(self.val_count)[first:first + self.batch_size]
-            starts = sequences * ((len(shards[0]) - 1) // self.val_count)
-            which = torch.zeros_like(sequences)
-        windows = [shards[s][i:i + self.seq_len + 1] for s, i in zip(which, starts)]
-        windows = torch.from_numpy(np.array(windows, np.int64).reshape(-1, self.seq_len + 1))
-        return windows[:, :-1], windows[:, 1:]
+            apart = (len(self.splits["val"][0]) - 1) // self.val_count
+            starts = torch.arange(self.val_count)[first:first + self.batch_size] * apart
+        rows = np.array([windows[i] for i in starts.tolist()], np.int64)
+        rows = torch.from_numpy(rows.reshape(-1, length))  # there may be none
+        return rows[:, :-1], rows[:, 1:]
 
 
 def stdlib_splits():
     """The source of this Python's standard library, 11 MB, as bytes; a hash of the path picks the split."""
-    root = Path(sysconfig.get_path("stdlib"))
+    root = Path(os.__file__).parent
     files = {"train": [], "val": []}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
@@ -135,31 +140,32 @@ def stdlib_splits():
 
 
 def load_text(name, batch_size, seq_len, seed):
-    """stdlib, fineweb, or the path of a .bin shard: with the validation file beside it, or its last tenth."""
+    """stdlib, fineweb, the path of a .bin shard, or a pattern like d/mine_train_*.bin, for several."""
     if name == "stdlib":
         return Tokens(stdlib_splits(), 256, batch_size, seq_len, seed, "a tenth of the library's files")
-    paths = sorted(FOLDER.glob("fineweb_train_*.bin")) if name == "fineweb" else [Path(name)]
-    if not paths:
-        raise UserError(f"no FineWeb shards in {FOLDER}: fetch some with  python data.py fineweb --shards 1")
-    if paths[0].suffix != ".bin":
+    pattern = FOLDER / "fineweb_train_*.bin" if name == "fineweb" else Path(name)
+    if pattern.suffix != ".bin":
         raise UserError(f"unknown --data {name}: use stdlib, fineweb, a .bin token file, {', '.join(IMAGES)}")
-    shards = [read_bin(path) for path in paths]
-    # Validation: d/mine_val.bin beside d/mine_train.bin, fineweb_val_000000.bin beside ..._train_000001.bin
-    before, word, after = paths[0].name.rpartition("train")
+    paths = sorted(pattern.parent.glob(pattern.name))
+    if not paths:
+        raise UserError(f"no file {pattern}: make it with  python data.py fineweb  or  python data.py text")
+    # Validation: d/mine_val.bin beside d/mine_train.bin, fineweb_val_000000.bin beside ..._train_000001.bin;
+    # else the last tenth of the last shard
+    before, _, after = paths[0].name.rpartition("train")
     beside = paths[0].with_name(f"{before}val" + re.sub(r"\d", "0", after))
-    if word and beside.exists():
-        shards.append(read_bin(beside))
-        validation = str(beside)
-    else:
-        tokens, vocab_size = shards.pop()
-        edge = len(tokens) * 9 // 10
-        shards += [(tokens[:edge], vocab_size), (tokens[edge:], vocab_size)]
+    if beside.exists():
+        paths = [path for path in paths if path != beside] + [beside]
+    shards, vocab_sizes = zip(*map(read_bin, paths))
+    if len(set(vocab_sizes)) > 1:
+        raise UserError(f"the shards of {name} have different vocabularies: {sorted(set(vocab_sizes))}")
+    *train, val = shards
+    validation = str(beside)
+    if not beside.exists():
+        edge = len(val) * 9 // 10
+        train.append(val[:edge])
+        val = val[edge:]
         validation = f"the last tenth of {paths[-1]}"
-    *train, val = [tokens for tokens, _ in shards]
-    vocab_sizes = {vocab_size for _, vocab_size in shards}
-    if len(vocab_sizes) > 1:
-        raise UserError(f"the shards of {name} have different vocabularies: {sorted(vocab_sizes)}")
-    return Tokens({"train": train, "val": [val]}, vocab_sizes.pop(), batch_size, seq_len, seed, validation)
+    return Tokens({"train": train, "val": [val]}, vocab_sizes[0], batch_size, seq_len, seed, validation)
 
 
 # Images --------------------------------------------------------------------------------------------------
@@ -172,18 +178,22 @@ IMAGES = {
 }
 
 
+@dataclass
 class Images:
-    """Images as a classifier's batches.  splits: {"train": (uint8 [N, 3, 32, 32], int64 [N]), "val": ...}"""
-
+    """Images as a classifier's batches."""
+    name: str
+    splits: dict                    # {"train": (uint8 [N, 3, 32, 32], labels int64 [N]), "val": the same}
+    batch_size: int
+    seed: int
     unit = "images"
 
-    def __init__(self, name, splits, batch_size, seed):
-        self.num_classes, mean, std = IMAGES[name]
-        self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-        self.splits, self.batch_size, self.seed = splits, batch_size, seed
-        self.val_count = len(splits["val"][1])                       # images
-        self.validation = f"the {self.val_count} test images of {name}"
-        self.digest = fingerprint(x.numpy() for split in splits for x in splits[split])
+    def __post_init__(self):
+        self.num_classes, mean, std = IMAGES[self.name]
+        self.mean = torch.tensor(mean).view(3, 1, 1)
+        self.std = torch.tensor(std).view(3, 1, 1)
+        self.val_count = len(self.splits["val"][1])
+        self.validation = f"the {self.val_count} test images of {self.name}"
+        self.digest = fingerprint(x.numpy() for split in self.splits.values() for x in split)
 
     def batch(self, split, step, worker, workers):
         """-> images float [B, 3, 32, 32], labels int64 [B].
@@ -236,33 +246,38 @@ def shapes(count, rng):
         return low + (high - low) * torch.rand(count, *more, generator=rng)
 
     labels = torch.randint(10, (count,), generator=rng)
-    angle, size = between(-0.7, 0.7, 1, 1), between(0.4, 0.8, 1, 1)
+    angle = between(-0.7, 0.7, 1, 1)
+    size = between(0.4, 0.8, 1, 1)
     x = torch.linspace(-1, 1, 32).view(1, 1, 32) - between(-0.25, 0.25, 1, 1)
     y = torch.linspace(-1, 1, 32).view(1, 32, 1) - between(-0.25, 0.25, 1, 1)
     u = (x * angle.cos() + y * angle.sin()) / size                   # [count, 32, 32]
     v = (y * angle.cos() - x * angle.sin()) / size
-    r, a, b = (u ** 2 + v ** 2).sqrt(), u.abs(), v.abs()
-    disc, square = r < 1, torch.maximum(a, b) < 0.85
+    r = (u ** 2 + v ** 2).sqrt()
+    a = u.abs()
+    b = v.abs()
+    disc = r < 1
+    most = torch.maximum(a, b)
     inside = torch.stack([
         disc,                                                        # 0 disc
         disc & (r > 0.6),                                            # 1 ring
-        square,                                                      # 2 square
-        square & (torch.maximum(a, b) > 0.5),                        # 3 frame
+        most < 0.85,                                                 # 2 square
+        (most < 0.85) & (most > 0.5),                                # 3 frame
         (v > -0.6) & (v < 1.1 - 1.9 * a),                            # 4 triangle
-        (torch.minimum(a, b) < 0.3) & (torch.maximum(a, b) < 1),     # 5 cross
+        (torch.minimum(a, b) < 0.3) & (most < 1),                    # 5 cross
         (b < 0.9) & (a > 0.25) & (a < 0.75),                         # 6 two bars
         disc & ((u - 0.5) ** 2 + v ** 2 > 0.6),                      # 7 crescent
         disc & (u > 0),                                              # 8 half disc
         disc & (u * v > 0),                                          # 9 two opposite quarters
     ])[labels, torch.arange(count)]                                  # bool [count, 32, 32]
-    colour, ground = between(0.5, 1, 3, 1, 1), between(0, 0.5, 3, 1, 1)
+    colour = between(0.5, 1, 3, 1, 1)
+    ground = between(0, 0.5, 3, 1, 1)
     noise = 0.1 * torch.randn(count, 3, 32, 32, generator=rng)
     image = torch.where(inside[:, None], colour, ground) + noise
     return (image.clamp(0, 1) * 255).to(torch.uint8), labels
 
 
 def load(name, batch_size, seq_len, seed):
-    """The data set of --data: text (stdlib, fineweb, a .bin shard) or images (cifar10, cifar100, shapes)."""
+    """The data set of --data: text (see load_text) or images (cifar10, cifar100, shapes)."""
     if name not in IMAGES:
         return load_text(name, batch_size, seq_len, seed)
     if name == "shapes":
@@ -341,7 +356,9 @@ def tokens_of(file, vocab_size):
             while piece := f.read(PIECE):
                 yield np.frombuffer(piece, np.uint8)       # bytes need no decoding
         return
-    encoding, characters, bad = encoding_for(vocab_size), 0, 0
+    encoding = encoding_for(vocab_size)
+    characters = 0
+    bad = 0
     with open(file, encoding="utf-8", errors="replace", newline="") as f:
         while piece := f.read(PIECE) + f.readline(PIECE):  # up to the end of a line, to cut no word
             characters += len(piece)
@@ -354,11 +371,11 @@ def tokens_of(file, vocab_size):
 
 
 def tokenise(files, out, vocab_size):
-    """Writes OUT_train.bin and OUT_val.bin, the first nine tenths and the last of all files' tokens."""
-    paths = {split: Path(f"{out}_{split}.bin") for split in ("train", "val")}
-    if {path.resolve() for path in paths.values()} & {Path(file).resolve() for file in files}:
-        raise UserError(f"--out {out} would overwrite a FILE: choose another")
-    folder = paths["train"].parent
+    """Writes the first nine tenths of all files' tokens to OUT_train.bin, and the last to OUT_val.bin.
+
+    Too many for one shard: to OUT_train_000001.bin, OUT_train_000002.bin, ..., and OUT_val_000000.bin.
+    """
+    folder = Path(f"{out}_train.bin").parent
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:  # removed whatever happens
         everything = Path(work, "everything")
@@ -367,15 +384,20 @@ def tokenise(files, out, vocab_size):
                 for tokens in tokens_of(file, vocab_size):
                     f.write(tokens.astype(np.uint16))
             count = f.tell() // 2
-        if not 10 <= count <= MOST_TOKENS:
-            raise UserError(f"{count} tokens: one shard has 10 to {MOST_TOKENS}, give more or fewer files")
+        if count < 10:
+            raise UserError(f"{count} tokens are too few to divide: give more text")
         tokens = np.memmap(everything, np.uint16, "r")
-        splits = {"train": tokens[:count * 9 // 10], "val": tokens[count * 9 // 10:]}
-        for split in splits:
-            write_bin(Path(work, split), splits[split], vocab_size)
-        for split in splits:
-            os.replace(Path(work, split), paths[split])
-            print(f"{paths[split]}: {len(splits[split])} tokens")
+        edge = max(count * 9 // 10, count - MOST_TOKENS)
+        train = np.array_split(tokens[:edge], math.ceil(edge / MOST_TOKENS))
+        shards = {"train": train[0], "val": tokens[edge:]}
+        if len(train) > 1:
+            shards = {f"train_{i:06d}": shard for i, shard in enumerate(train, 1)}
+            shards["val_000000"] = tokens[edge:]
+        for name, shard in shards.items():
+            write_bin(Path(work, name), shard, vocab_size)
+        for name, shard in shards.items():
+            os.replace(Path(work, name), f"{out}_{name}.bin")
+            print(f"{out}_{name}.bin: {len(shard)} tokens")
 
 
 class Parser(argparse.ArgumentParser):

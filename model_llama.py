@@ -34,13 +34,9 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
 
-    @property
-    def head_dim(self):
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def queries_per_kv(self):                                        # query heads that read one KV head
-        return self.num_attention_heads // self.num_key_value_heads
+    def __post_init__(self):
+        self.head_dim = self.hidden_size // self.num_attention_heads
+        self.queries_per_kv = self.num_attention_heads // self.num_key_value_heads  # that read one KV head
 
 
 # The paper gives the parameter counts of its models but not their shapes; these shapes are ours.
@@ -56,49 +52,41 @@ MAX_LOGITS = 2**25                                                   # held at a
 # -- What sdp.py has to know: branches, their neurons, and how each parameter is made of neurons ------------
 
 def branches(c):
-    """Branch name (the module's path) -> (block, neurons, bytes, FLOPs, activations).
+    """Branch name (the module's path) -> (block, neurons, weights, FLOPs, activations of a neuron).
 
-    The last three are of one neuron: bytes of its float32 weights; for one token, FLOPs of the forward and
-    backward pass, and numbers kept in between.  They balance the workers' loads, so only ratios matter.
+    The last three balance the workers' loads, so their units do not matter, nor small errors: the FLOPs are
+    without those between positions.
     """
-    d = c.hidden_size
-    width = c.queries_per_kv * c.head_dim                            # width of a neuron's queries together
-    rows = 2 * width + 2 * c.head_dim                                # of q, k, v, columns of o; numbers kept
-    of_head = rows * d                                               # weights of a neuron of attention
-    of_unit = 3 * d                                                  # and of the MLP
-    # FLOPs: 6 for each weight; and, for each position, 6 for each number of a query in both products, q k^T
-    # and probabilities times v.  6: a multiplication and an addition, three times (forward, two backward)
-    pairs = 2 * 6 * width * c.max_position_embeddings
+    rows = 2 * (c.queries_per_kv + 1) * c.head_dim                   # of a KV head: of q, k, v, columns of o
+    head = rows * c.hidden_size                                      # its weights
+    unit = 3 * c.hidden_size                                         # those of a hidden unit: gate, up, down
     out = {}
     for i in range(c.num_hidden_layers):
-        path = f"model.layers.{i}"
-        out[f"{path}.self_attn"] = i, c.num_key_value_heads, 4 * of_head, 6 * of_head + pairs, rows
-        out[f"{path}.mlp"] = i, c.intermediate_size, 4 * of_unit, 6 * of_unit, 4  # gate, silu, up, product
+        out[f"model.layers.{i}.self_attn"] = i, c.num_key_value_heads, head, 6 * head, rows
+        out[f"model.layers.{i}.mlp"] = i, c.intermediate_size, unit, 6 * unit, 4
     return out
-
-
-# Branch -> its weights, and the dimension their neurons lie along: each owns equally many rows (0) or
-# columns (1), one after another.  The norm before a branch belongs to the branch as a whole (None)
-DIMS = {
-    "self_attn": {"input_layernorm": None, "q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1},
-    "mlp": {"post_attention_layernorm": None, "gate_proj": 0, "up_proj": 0, "down_proj": 1},
-}
 
 
 def layout(c):
     """Full parameter name -> (branch or None, dimension of its neurons or None, full shape), in order.
 
-    Branch None: all subnetworks hold it whole (embedding, final norm, head).
+    Each neuron owns equally many rows (0) or columns (1), one after another.  A norm belongs to the branch
+    behind it as a whole (None).  Branch None: all subnetworks hold it whole (embedding, final norm, head).
     """
     with torch.device("meta"):                                       # shapes without memory
         full = Llama(c)
     out = {}
     for name, p in full.named_parameters():
-        words = name.split(".")                                      # model.layers.0.mlp.up_proj.weight
-        out[name] = None, None, p.shape                              # if it is in no branch
-        for branch, dims in DIMS.items():
-            if words[-2] in dims:
-                out[name] = ".".join([*words[:3], branch]), dims[words[-2]], p.shape
+        *path, module, _ = name.split(".")                           # model, layers, 0, mlp, up_proj, weight
+        path = ".".join(path)
+        if module == "input_layernorm":
+            out[name] = f"{path}.self_attn", None, p.shape
+        elif module == "post_attention_layernorm":
+            out[name] = f"{path}.mlp", None, p.shape
+        elif module.endswith("_proj"):
+            out[name] = path, 1 if module in ("o_proj", "down_proj") else 0, p.shape
+        else:
+            out[name] = None, None, p.shape
     return out
 
 
@@ -122,10 +110,7 @@ def rope_table(length, c, device):
 
 
 def rotate(x, rope):
-    """Turns each pair (a, b) = (x_i, x_{i + h/2}) of x [B, T, heads, h] by its position's angle.
-
-    It becomes (a cos - b sin, b cos + a sin).
-    """
+    """Each (a, b) = (x_i, x_{i + h/2}) of x [B, T, heads, h] becomes (a cos - b sin, b cos + a sin)."""
     cos, sin = (t.to(x.dtype) for t in rope)
     other = x.roll(x.shape[-1] // 2, dims=-1)                        # each number's partner
     return torch.addcmul(x * cos, other, sin)                        # x cos + other sin
@@ -136,24 +121,22 @@ class Attention(nn.Module):
 
     def __init__(self, c, n):
         super().__init__()
-        self.q_heads = n * c.queries_per_kv
         self.kv_heads = n
-        self.head_dim = c.head_dim
+        self.q_heads = n * c.queries_per_kv
         self.q_proj = nn.Linear(c.hidden_size, self.q_heads * c.head_dim, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, n * c.head_dim, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, n * c.head_dim, bias=False)
         self.o_proj = nn.Linear(self.q_heads * c.head_dim, c.hidden_size, bias=False)
 
     def forward(self, x, rope):                                      # [B, T, d]
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.q_heads, self.head_dim)   # [B, T, q_heads, h]
-        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)  # [B, T, kv_heads, h]
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        q = self.q_proj(x).unflatten(-1, (self.q_heads, -1))         # [B, T, q_heads, h]
+        k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1))        # [B, T, kv_heads, h]
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1))
         # In one go: on a GPU, many small kernels cost more than what they compute
         q, k = rotate(torch.cat((q, k), dim=2), rope).split((self.q_heads, self.kv_heads), dim=2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))             # [B, heads, T, h]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.q_heads != self.kv_heads)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))      # sum over the heads
+        return self.o_proj(y.transpose(1, 2).flatten(2))             # sum over the heads
 
 
 class MLP(nn.Module):
@@ -172,28 +155,27 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Attention and MLP, each behind its RMSNorm: x + scale * f(norm(x)).
 
-    n_held, n_rest: numbers of (KV heads, hidden units).  The held neurons train.  Under backward masking the
+    held, rest: numbers of (KV heads, hidden units).  The held neurons train.  Under backward masking the
     layer also runs all the others: the child `rest` has them, sdp.py freezes them, f is held(x) + rest(x).
-    scales: of both branches.
     """
 
-    def __init__(self, c, n_held, n_rest, scales):
+    def __init__(self, c, held, rest, scales):
         super().__init__()
-        self.config, self.scales = c, scales
+        self.config = c
+        self.scales = scales                                         # of both branches
         norm = partial(nn.RMSNorm, c.hidden_size, c.rms_norm_eps)
-        self.input_layernorm = norm() if n_held[0] + n_rest[0] else None
-        self.self_attn = Attention(c, n_held[0]) if n_held[0] else None
-        self.post_attention_layernorm = norm() if n_held[1] + n_rest[1] else None
-        self.mlp = MLP(c, n_held[1]) if n_held[1] else None
+        self.input_layernorm = norm() if held[0] + rest[0] else None  # a branch without neurons is not built
+        self.self_attn = Attention(c, held[0]) if held[0] else None
+        self.post_attention_layernorm = norm() if held[1] + rest[1] else None
+        self.mlp = MLP(c, held[1]) if held[1] else None
         self.rest = nn.Module()
-        self.rest.self_attn = Attention(c, n_rest[0]) if n_rest[0] else None
-        self.rest.mlp = MLP(c, n_rest[1]) if n_rest[1] else None
+        self.rest.self_attn = Attention(c, rest[0]) if rest[0] else None
+        self.rest.mlp = MLP(c, rest[1]) if rest[1] else None
 
-    def forward(self, x, rope=None):
-        if self.input_layernorm:                                     # None: the branch is absent, x <- x
-            if rope is None:                                         # evaluation runs layers one by one
-                rope = rope_table(x.shape[1], self.config, x.device)
+    def forward(self, x, rope=None):                                 # None: evaluation runs layers one by one
+        if self.input_layernorm:
             normed = self.input_layernorm(x)
+            rope = rope or rope_table(x.shape[1], self.config, x.device)
             for part in filter(None, (self.self_attn, self.rest.self_attn)):
                 x = torch.add(x, part(normed, rope), alpha=self.scales[0])  # one kernel: x + scale * part
         if self.post_attention_layernorm:
@@ -209,18 +191,18 @@ class Llama(nn.Module):
     held: branch name -> number of neurons built; by default all of them, which is the full model.
     backward: build the neurons that are not held as well, as frozen `rest` modules (backward masking).
     scales: branch name -> what the branch's output is multiplied by; by default 1.  Under forward masking a
-        branch is a part of a sum, and `sdp.branch_scales` brings it to the size of the whole.  ValueError if
-        they are given under backward masking, where branches are whole.
+        branch is a part of a sum, and `sdp.branch_scales` brings it to the size of the whole.
     """
 
     def __init__(self, c, held=None, backward=False, scales=None):
         super().__init__()
         if backward and scales is not None:
             raise ValueError("backward masking runs whole branches: it scales nothing")
-        self.config, self.checkpoint_activations = c, False
+        self.config = c
+        self.checkpoint_activations = False
         full = {name: neurons for name, (_, neurons, *_) in branches(c).items()}
-        held = full if held is None else held
-        scales = dict.fromkeys(full, 1.0) if scales is None else scales
+        held = held or full
+        scales = scales or dict.fromkeys(full, 1.0)
         layers = nn.ModuleList()
         for i in range(c.num_hidden_layers):
             names = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
@@ -234,13 +216,10 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
     def stages(self):
-        """The model as a chain: [(module's path, function of the previous stage's output)].
-
-        Evaluation walks it with one stage's full weights in memory at a time.
-        """
-        layers = [(f"model.layers.{i}", layer) for i, layer in enumerate(self.model.layers)]
-        return [("model.embed_tokens", self.model.embed_tokens), *layers,
-                ("model.norm", self.model.norm), ("lm_head", self.lm_head)]
+        """-> [(path, module)], a chain.  Evaluation has the weights of one at a time in memory."""
+        layers = [f"model.layers.{i}" for i in range(self.config.num_hidden_layers)]
+        paths = ["model.embed_tokens", *layers, "model.norm", "lm_head"]
+        return [(path, self.get_submodule(path)) for path in paths]
 
     def forward(self, tokens, targets=None):
         """tokens int64 [B, T] -> logits [B, T, V]; with targets int64 [B, T], the loss (see `loss`)."""

@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 class ResNetConfig:
     """Sizes of the full model."""
     num_classes: int = 10
-    image_size: int = 32            # height and width
     stem: str = "cifar"             # 3x3 convolution; "imagenet": 7x7 with stride 2, and max-pooling
     widths: tuple = (64, 128, 256, 512)     # channels of the four stages
     blocks_per_stage: int = 2
@@ -33,48 +32,50 @@ PRESETS = {"resnet18": ResNetConfig()}
 # -- What sdp.py has to know: branches, their neurons, and how each parameter is made of neurons ------------
 
 def blocks(c):
-    """Module path -> (channels in, channels out, stride, side of its output), in order."""
-    side = c.image_size if c.stem == "cifar" else c.image_size // 4
-    channels = c.widths[0]
+    """Module path -> (channels in, channels out, stride), in order."""
     out = {}
+    channels = c.widths[0]
     for stage, width in enumerate(c.widths):
         for i in range(c.blocks_per_stage):
             stride = 2 if stage and i == 0 else 1
-            side = -(-side // stride)                                # rounded up
-            out[f"layer{stage + 1}.{i}"] = channels, width, stride, side
+            out[f"layer{stage + 1}.{i}"] = channels, width, stride
             channels = width
     return out
 
 
 def branches(c):
-    """Branch name (the block's path) -> (block, neurons, bytes, FLOPs, activations).
+    """Branch name (the block's path) -> (block, neurons, weights, FLOPs, activations of a neuron).
 
-    The last three are of one neuron: bytes of its float32 weights; for one image, FLOPs of the forward and
-    backward pass, and numbers kept in between: conv1's output, the ReLU's, a share of what bn2 keeps.
+    The last three balance the workers' loads, so their units do not matter.
     """
     out = {}
-    for i, (path, (cin, width, _, side)) in enumerate(blocks(c).items()):
-        weights = 9 * (cin + width)
-        out[path] = i, width, 4 * (weights + 2), 6 * weights * side ** 2, 3 * side ** 2
+    pixels = 1.0                                                     # of a channel, over the first block's
+    for i, (path, (cin, width, stride)) in enumerate(blocks(c).items()):
+        pixels /= stride ** 2
+        weights = 9 * (cin + width)                                  # of both convolutions; bn1 has 2 more
+        out[path] = i, width, weights + 2, weights * pixels, pixels
     return out
 
 
-# Module of a branch -> the dimension its neurons lie along (neuron n owns row n, or column n)
-DIMS = {"conv1": 0, "bn1": 0, "conv2": 1, "bn2": None}
+DIMS = {"conv1": 0, "bn1": 0, "conv2": 1, "bn2": None}               # module of a branch -> see layout
 
 
 def layout(c):
     """Full parameter name -> (branch or None, dimension of its neurons or None, full shape), in order.
 
-    Branch None: all subnetworks hold it whole (stem, shortcuts, classifier).
+    Neuron n owns row n (0) or column n (1); bn2 is the branch's as a whole (None).  Branch None: all
+    subnetworks hold it whole (stem, shortcuts, classifier).
     """
     with torch.device("meta"):                                       # shapes without memory
         full = ResNet(c)
     out = {}
     for name, p in full.named_parameters():
-        words = name.split(".")                                      # layer1.0.conv1.weight
-        branch = ".".join(words[:-2])
-        out[name] = (branch, DIMS[words[-2]], p.shape) if branch in blocks(c) else (None, None, p.shape)
+        *path, module, _ = name.split(".")                           # layer1, 0, conv1, weight
+        path = ".".join(path)
+        if path in blocks(c):
+            out[name] = path, DIMS[module], p.shape
+        else:
+            out[name] = None, None, p.shape
     return out
 
 
@@ -97,13 +98,13 @@ class FrozenConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, stride):
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.stride = x.shape, stride
+        ctx.shape = x.shape
+        ctx.stride = stride
         return F.conv2d(x, weight, stride=stride, padding=1)
 
     @staticmethod
     def backward(ctx, grad):
-        weight, = ctx.saved_tensors
-        weight = weight.to(grad.dtype)
+        weight = ctx.saved_tensors[0].to(grad.dtype)
         return torch.nn.grad.conv2d_input(ctx.shape, weight, grad, ctx.stride, padding=1), None, None
 
 
@@ -162,34 +163,27 @@ class ResNet(nn.Module):
 
     def __init__(self, c, held=None, backward=False):
         super().__init__()
-        self.config, self.checkpoint_activations = c, False
-        is_full = held is None
-        norm = partial(nn.BatchNorm2d, momentum=None, track_running_stats=is_full)
+        self.config = c
+        self.checkpoint_activations = False
+        norm = partial(nn.BatchNorm2d, momentum=None, track_running_stats=held is None)
         kernel, stride, padding = (3, 1, 1) if c.stem == "cifar" else (7, 2, 3)
         self.conv1 = nn.Conv2d(3, c.widths[0], kernel, stride, padding, bias=False)
         self.bn1 = norm(c.widths[0])
-        for path, (cin, cout, stride, _) in blocks(c).items():
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if c.stem == "cifar" else nn.MaxPool2d(3, 2, 1)
+        for path, (cin, cout, stride) in blocks(c).items():
             stage, i = path.split(".")
             if i == "0":
                 self.add_module(stage, nn.Sequential())
-            n = cout if is_full else held[path]
+            n = held[path] if held else cout
             self.get_submodule(stage).append(Block(cin, cout, stride, n, cout - n if backward else 0, norm))
+        self.avgpool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.Linear(c.widths[-1], c.num_classes)
 
     def stages(self):
-        """The model as a chain: [(module's path, function of the previous stage's output)].
-
-        Evaluation walks it with one stage's full weights in memory at a time.
-        """
-        def stem(x):
-            x = F.relu(self.bn1(x), inplace=True)
-            return x if self.config.stem == "cifar" else F.max_pool2d(x, 3, 2, 1)
-
-        def head(x):
-            return self.fc(x.mean((2, 3)))
-
-        chain = [(path, self.get_submodule(path)) for path in blocks(self.config)]
-        return [("conv1", self.conv1), ("bn1", stem), *chain, ("fc", head)]
+        """-> [(path, module)], a chain.  Evaluation has the weights of one at a time in memory."""
+        paths = ["conv1", "bn1", "relu", "maxpool", *blocks(self.config), "avgpool", "fc"]
+        return [(path, self.get_submodule(path)) for path in paths]
 
     def forward(self, images, labels=None):
         """images [B, 3, H, H], normalised -> logits [B, num_classes]; with labels int64 [B], the loss."""

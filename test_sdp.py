@@ -39,7 +39,7 @@ torch.set_num_threads(1)
 TINY = llama.LlamaConfig(vocab_size=61, hidden_size=24, intermediate_size=21, num_hidden_layers=3,
                          num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=16)
 # Eight blocks, three of them with a convolution in the shortcut, and widths that no S divides evenly
-TINY_RESNET = resnet.ResNetConfig(num_classes=5, image_size=16, widths=(6, 7, 9, 10))
+TINY_RESNET = resnet.ResNetConfig(num_classes=5, widths=(6, 7, 9, 10))
 
 STEPS = 5                                                   # moments, clipping and refreshes count by then
 CLIP = 0.5
@@ -718,7 +718,7 @@ def test_after_the_forward_pass_nothing_of_a_refresh_is_in_memory():
 
 BIG = llama.LlamaConfig(vocab_size=50, hidden_size=80, intermediate_size=112, num_hidden_layers=4,
                         num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=32)
-BIG_RESNET = resnet.ResNetConfig(num_classes=5, image_size=16, widths=(12, 20, 28, 36))
+BIG_RESNET = resnet.ResNetConfig(num_classes=5, widths=(12, 20, 28, 36))
 
 
 class SizesCreated(TorchDispatchMode):
@@ -804,7 +804,7 @@ def test_a_worker_has_its_subnetwork_s_size(config, level):
             frozen = sum(int((~masks[f"model.layers.{i}.mlp"][:, s]).sum()) for i in range(4))
             assert saved <= all_saved - frozen * x.numel() * 4
         else:                                               # nor for frozen convolutions: conv2's
-            sides = {name: side for name, (_, _, _, side) in resnet.blocks(config).items()}
+            sides = {path: 16 // 2 ** (int(path[5]) - 1) for path in masks}  # of layer1.0 and so on
             frozen = sum(int((~masks[name][:, s]).sum()) * side ** 2 for name, side in sides.items())
             sums = 8 * 2 * 2 * sum(neurons for _, neurons, *_ in branches.values())  # of held + rest
             assert saved <= all_saved - frozen * len(x) * 8 + sums

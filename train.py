@@ -95,7 +95,7 @@ def shared_flags(description):
     p = data.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=list(FAMILIES), help="[llama-tiny]")
     p.add_argument("--data", type=os.path.expanduser,
-                   help="stdlib, fineweb, PATH.bin; cifar10, cifar100, shapes [stdlib, or cifar10]")
+                   help="stdlib, fineweb, PATH.bin, 'PATH_*.bin'; cifar10, cifar100, shapes [by model]")
     p.add_argument("--level", choices=list(sdp.MASKS), default="block", help="mask function [%(default)s]")
     p.add_argument("--coverage", help="k/S: of S subnets, k hold a neuron [the smallest from 0.75 on]")
     p.add_argument("--subnets", type=positive, help="S: different subnetworks [workers; 4 without torchrun]")
