@@ -405,8 +405,9 @@ class DataParallel(sdp.Simulation):
         pass                                                         # the backward pass has averaged
 
     def clip_grad_norm(self, max_norm, *scalars):
-        packet = super().clip_grad_norm(max_norm, *scalars)
-        packet[0] /= self.world                                      # all have the same norm: the sum is that
+        norm = nn.utils.clip_grad_norm_(self.full.values(), max_norm)
+        packet = [norm / self.world, *scalars]                       # all have the same norm: the sum is that
+        packet = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in packet])
         dist.all_reduce(packet)
         return packet
 

@@ -314,7 +314,7 @@ def test_a_variant_that_was_torn_down_leaves_nothing(name):
     (bench, ["--updates", "0"], "must be at least 1"),
     (plan, ["--resume"], "unrecognized arguments"),
     (bench, ["--steps", "3"], "unrecognized arguments"),
-    (bench, ["--data", "none.bin"], "No such file or directory: .none.bin."),
+    (bench, ["--data", "none.bin"], "no file none.bin: make it"),
 ])
 def test_bad_input_is_one_line(tmp_path, script, more, message):
     with pytest.raises((data.UserError, OSError), match=message) as caught:
