@@ -13,6 +13,7 @@ tokens, vocabulary size or 0 for GPT-2's 50257, zeros), then the tokens as uint1
 
 import argparse
 import contextlib
+import glob
 import hashlib
 import http.client
 import math
@@ -75,6 +76,8 @@ def write_bin(path, tokens, vocab_size):
 
 def read_bin(path):
     """-> (tokens: uint16 [count], mapped into memory; vocabulary size).  Raises UserError for other files."""
+    if not Path(path).is_file():                           # to open a pipe would wait for ever
+        raise UserError(f"{path} is no file")
     header = np.fromfile(path, np.int32, 256)
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION or not 0 <= header[3] <= 65536:
         raise UserError(f"{path} is not a token shard: make one with  python data.py text")
@@ -143,24 +146,27 @@ def load_text(name, batch_size, seq_len, seed):
     """stdlib, fineweb, the path of a .bin shard, or a pattern like d/mine_train_*.bin, for several."""
     if name == "stdlib":
         return Tokens(stdlib_splits(), 256, batch_size, seq_len, seed, "a tenth of the library's files")
-    pattern = FOLDER / "fineweb_train_*.bin" if name == "fineweb" else Path(name)
-    if pattern.suffix != ".bin":
+    pattern = str(FOLDER / "fineweb_train_*.bin") if name == "fineweb" else name
+    if not pattern.endswith(".bin"):
         raise UserError(f"unknown --data {name}: use stdlib, fineweb, a .bin token file, {', '.join(IMAGES)}")
-    paths = sorted(pattern.parent.glob(pattern.name))
+    paths = [Path(path) for path in sorted(glob.glob(pattern))]
+    if Path(pattern).exists():                             # not a pattern, even if its name looks like one
+        paths = [Path(pattern)]
     if not paths:
         raise UserError(f"no file {pattern}: make it with  python data.py fineweb  or  python data.py text")
     # Validation: d/mine_val.bin beside d/mine_train.bin, fineweb_val_000000.bin beside ..._train_000001.bin;
     # else the last tenth of the last shard
-    before, _, after = paths[0].name.rpartition("train")
+    before, word, after = paths[0].name.rpartition("train")
     beside = paths[0].with_name(f"{before}val" + re.sub(r"\d", "0", after))
-    if beside.exists():
+    has_val = word and beside.exists()
+    if has_val:
         paths = [path for path in paths if path != beside] + [beside]
     shards, vocab_sizes = zip(*map(read_bin, paths))
     if len(set(vocab_sizes)) > 1:
         raise UserError(f"the shards of {name} have different vocabularies: {sorted(set(vocab_sizes))}")
     *train, val = shards
     validation = str(beside)
-    if not beside.exists():
+    if not has_val:
         edge = len(val) * 9 // 10
         train.append(val[:edge])
         val = val[edge:]
@@ -393,11 +399,16 @@ def tokenise(files, out, vocab_size):
         if len(train) > 1:
             shards = {f"train_{i:06d}": shard for i, shard in enumerate(train, 1)}
             shards["val_000000"] = tokens[edge:]
+        paths = {name: Path(f"{out}_{name}.bin") for name in shards}
+        others = {*glob.glob(f"{glob.escape(out)}_train*.bin"), *glob.glob(f"{glob.escape(out)}_val*.bin")}
+        others -= set(map(str, paths.values()))
+        if others or {path.resolve() for path in paths.values()} & {Path(file).resolve() for file in files}:
+            raise UserError(f"--out {out} would mix with other files of that name: choose another")
         for name, shard in shards.items():
             write_bin(Path(work, name), shard, vocab_size)
         for name, shard in shards.items():
-            os.replace(Path(work, name), f"{out}_{name}.bin")
-            print(f"{out}_{name}.bin: {len(shard)} tokens")
+            os.replace(Path(work, name), paths[name])
+            print(f"{paths[name]}: {len(shard)} tokens")
 
 
 class Parser(argparse.ArgumentParser):

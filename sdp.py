@@ -91,7 +91,7 @@ def naive_masked_average(grad, holds):
 # Masks: {branch: bool tensor [neurons, n_subnets]}, who holds what
 # -----------------------------------------------------------------------------------------------------------
 # A mask function gets the model's `branches`: branch name -> (block, number of neurons, *costs of one
-# neuron).  The costs are bytes, FLOPs and activations, or others; only their ratios matter.  `held` is the k
+# neuron).  The costs are weights, FLOPs and activations; only their ratios matter.  `held` is the k
 # of the coverage k/S: so many of the `n_subnets` shall hold each neuron.  `balanced_sets` gives each of n
 # items a set of `held` subnets, so that all subnets carry about equal costs.  It is in appendix 1, with
 # `neuron_masks`, `ends_masks`, and MASKS, the table of all mask functions.
@@ -117,10 +117,10 @@ def held_counts(masks, subnet):
 def branch_scales(masks, subnet):
     """{branch: what forward masking multiplies this subnet's branch by}: 1/C where the coverage is C.
 
-    A neuron n with h holders is in h of the S subnetworks.  Times S/h, the mean over the subnetworks is that
-    of the full model, for one input: h/S * S/h f_n = f_n.  Dropout and stochastic depth (arXiv 1603.09382)
-    scale for the same reason.  A branch has one factor: the mean of S/h over its neurons held here.  So this
-    is exact if all its neurons have equally many holders, as in our masks.
+    Let each neuron have h holders, as in our masks: it is in h of the S subnetworks.  Times S/h = 1/C, its
+    output f_n has the mean h/S * S/h * f_n = f_n over the subnetworks, as in the full model, for one input.
+    Dropout and stochastic depth (arXiv 1603.09382) scale for the same reason.  If the neurons of a branch
+    have different h, it gets the mean of S/h over those held here, which is not exact.
     """
     scales = {}
     for branch, mask in masks.items():
@@ -164,16 +164,17 @@ def branch_holders(mask):
 # dim None: the parameter belongs to the branch as a whole (its norm).  Branch None: shared, all subnets
 # hold it (embedding, head).
 #
-# A subnet keeps its neurons sorted by holder set.  (A branch is a sum, so their order does not matter.)
+# A subnetwork has its neurons sorted by holder set.  (A branch is a sum, so their order does not matter.)
 # And each cut parameter lies in memory neuron by neuron: one that is cut by columns (down_proj) is stored
 # column after column, like a transposed tensor.  So what one holder set has of a parameter is one stretch of
-# memory, a 1-D tensor: a *piece*.  Averaging, optimizer and refreshes need no dimensions.  An example: subnet
-# 0 of 3 holds neurons 0, 1, 4, 5, two numbers each; 2 and 3 are held by subnets 1 and 2.  The sets are sorted
-# by their numbers in `holder_sets`, which are here those of (1, 2), (0, 2), (0, 1):
+# memory, a 1-D tensor: a *piece*.  Averaging, optimizer and refreshes need no dimensions.  An example, with
+# three subnets, six neurons n0 to n5, and two numbers for each:
 #
-#     held by                   0 and 2: neurons 0 and 5            0 and 1: neurons 1 and 4
-#     in memory                 n0 n0 n5 n5                         n1 n1 n4 n4
-#                               a piece, averaged with subnet 2     a piece, averaged with subnet 1
+#     mask of n0 to n5                            1 0 1,  1 1 0,  0 1 1,  0 1 1,  1 1 0,  1 0 1
+#     holder sets, numbered by `holder_sets`      (1, 2),  (0, 2),  (0, 1)
+#     subnet 0 has in memory                      n0 n0 n5 n5                  n1 n1 n4 n4
+#     of the set                                  (0, 2)                       (0, 1)
+#     two pieces, averaged with                   subnet 2                     subnet 1
 #
 # Under backward masking, modules whose path has the part `rest` have the frozen neurons: a.rest.b.weight is
 # cut from the full model's a.b.weight, and the branch is held(x) + rest(x).
@@ -283,7 +284,7 @@ class Simulation:
     # with the real workers
 
     def clip_grad_norm(self, max_norm, *scalars):
-        """-> float64 [1 + len(scalars)]: the norm before clipping, and scalars, each summed over workers."""
+        """-> float64 [1 + len(scalars)]: the norm before clipping, and scalars, which are sums already."""
         norm = nn.utils.clip_grad_norm_(self.full.values(), max_norm)
         return torch.tensor([norm, *scalars], dtype=torch.float64, device=self.device)
 
@@ -363,13 +364,13 @@ def find_pieces(params, places, masks, layout, subnet):
     the holder sets in the same order.
     """
     here = {}
-    memory = {}                                             # views: the optimizer writes into the parameters
+    memory = {}                                             # views: what is written there, the module has
     for local, slot in places.items():
         p = params[local]
         dim = slot.dim or 0
         p.data = p.data.movedim(dim, 0).contiguous().movedim(0, dim)
         here[slot.name, slot.trains] = local
-        memory[local] = flat(p.data, slot)
+        memory[local] = flat(p.data, slot)                  # from here on: what no piece has taken yet
     out = []
     for name, holders, numel in pieces_of(masks, layout):
         trains = subnet in holders
@@ -377,7 +378,7 @@ def find_pieces(params, places, masks, layout, subnet):
         param = None                                        # forward masking: frozen neurons are not here
         if local is not None:
             param = nn.Parameter(memory[local][:numel], requires_grad=trains)
-            memory[local] = memory[local][numel:]           # what comes behind this piece
+            memory[local] = memory[local][numel:]
         out.append(Piece(name, holders, numel, local, param))
     return out
 
@@ -450,7 +451,8 @@ class MaskedAllReduce:
         for piece in self.pieces:
             self.pieces_in[piece.local].append(piece)
         self.groups = make_groups(self.all_pieces, self.n_subnets, timeout)
-        # All that have a piece begin with its first holder's.  (The rank of subnet s's first worker is s)
+        # All that have a piece begin with its first holder's; under backward masking all have all pieces.
+        # (The rank of subnet s's first worker is s)
         for piece in self.all_pieces:
             if piece.param is not None:
                 group = dist.group.WORLD if backward else self.groups[piece.holders]
@@ -476,8 +478,9 @@ class MaskedAllReduce:
     def _take_gradient(self, local):
         """Moves the gradient of a parameter to its pieces.
 
-        No copy: autograd gives a gradient its parameter's strides, so it lies neuron by neuron too.  (If not,
-        `flat` copies.)  The parameter's own .grad is None then, or the numbers would be there twice.
+        No copy: autograd gives a gradient its parameter's strides, so it lies neuron by neuron too.  (See
+        "Default gradient layouts" in the documentation of torch.autograd.  If not, `flat` copies.)  The
+        parameter's own .grad is None then, or the numbers would be there twice.
         """
         p = self.params[local]
         if not p.requires_grad:
@@ -604,7 +607,8 @@ class SubnetDataParallel(MaskedAllReduce):
         Go through the pieces in forward order, with one open bucket for each holder set.  When one is full,
         begin new ones of all sets: one that stayed open for many layers could leave only when the backward
         pass has come to the first of them.  The backward pass comes to the pieces in the opposite order, so
-        the list is reversed.
+        the list is reversed.  All workers make the same list, and each leaves out what is not for it.  So the
+        first message of the list that is not done yet can always go on: nobody waits for ever.
         """
         buckets = []                                        # of all workers
         opened = {}
@@ -651,7 +655,7 @@ class SubnetDataParallel(MaskedAllReduce):
         self._take_gradient(local)
         for bucket in self.buckets[self._next:]:
             if not all(piece.local in self._taken for piece in bucket.pieces):
-                break
+                break                                       # or a later one would overtake
             # cat copies even a single piece.  It must: the copy is scaled in place, and p.grad's memory may
             # still be in use, as in x + p[None], where p.grad is a view of x's gradient
             packed = torch.cat([piece.param.grad for piece in bucket.pieces])
@@ -850,16 +854,16 @@ class Refresher:
     def __init__(self, sync, all_pieces):
         team = sync.rank - sync.subnet                      # its first worker
         limit = sync.bucket_bytes / sync.dtype.itemsize     # numbers a worker
-        load = Counter()                                    # numbers each subnet sends; averaging comes first
+        load = Counter()                                    # numbers each subnet sends, at first for averages
         for piece in all_pieces:
             for subnet in piece.holders:
                 load[subnet] += piece.numel * sync.ring_share(piece.holders)
         self.exchanges = []                                 # in forward order
-        size = limit                                        # of the last exchange; the first piece begins one
+        size = 0                                            # of the last exchange
         for piece, subnet in product(all_pieces, range(sync.n_subnets)):
             if subnet in piece.holders:
                 continue
-            if size >= limit:
+            if not self.exchanges or size >= limit:
                 size = 0
                 sends = [[] for _ in range(sync.world)]
                 gets = [[] for _ in range(sync.world)]
@@ -904,11 +908,12 @@ class Refresher:
         hooks = [sync.module.register_state_dict_pre_hook(partial(self.arrive, 0)),
                  sync.module.register_load_state_dict_pre_hook(partial(self.arrive, 0))]
         for i, exchange in enumerate(self.exchanges):
-            left = len(self.exchanges) - 1 - i
+            left = len(self.exchanges) - 1 - i              # so many later ones may still be under way
             for branch in exchange.branches:
                 paths = [local.split(".")[:-1] for local, slot in sync.slots.items()
                          if sync.layout[slot.name][0] == branch]
-                # What all begin with: layers.3.mlp.up, layers.3.rest.mlp.up, layers.3.norm -> layers.3
+                # The innermost module around the branch is what all paths begin with:
+                # layers.3.mlp.up, layers.3.rest.mlp.up, layers.3.norm -> layers.3
                 common = os.path.commonprefix(paths)        # (of lists of names)
                 common = takewhile("rest".__ne__, common)   # `rest` may never be called as a module
                 module = sync.module.get_submodule(".".join(common))
@@ -937,7 +942,7 @@ def numels(tensors):
 def stream(sync, full, batches):
     """Runs the full model over `batches`, a list of inputs that it uses up, and yields the outputs.
 
-    full: the full model, its parameters on the meta device, with `stages()`: [(module path, function)].
+    full: the full model, its parameters on the meta device, with `stages()`: [(path, module)], a chain.
     Only one stage has its weights in memory at a time, so evaluation never needs the full model on a
     worker.  Collective, like `gather`.
     """
@@ -1020,6 +1025,8 @@ def spectral_gap(rows, neurons):
     through shared neurons.  Gap 1: one step mixes all.  (The paper's convergence proof uses such a gap.)
     """
     rows = np.asarray(rows, float)
+    # How many neurons carry news from subnet i to j.  Over the square roots of both degrees it is symmetric
+    # and has the eigenvalues of the walk
     walk = (rows * (neurons / rows.sum(1))[:, None]).T @ rows  # [n_subnets, n_subnets]
     degree = walk.sum(1)
     alone = degree == 0                                     # a subnet that holds nothing stays where it is
@@ -1062,18 +1069,18 @@ def balanced_sets(cost, size, n_subnets, held, seed):
         return torch.ones(len(cost), n_subnets, dtype=torch.bool)
     rng = np.random.default_rng(seed)
     cost = cost / cost.sum(0) * n_subnets / held            # now a subnet's mean load is 1
-    # Items beyond the number of sets share one: dearest first, into the lightest bundle
+    # Items beyond the number of sets share one, in a bundle: dearest first, into the cheapest bundle
     bundles = min(len(cost), n_subnets)
-    bundle = np.zeros(len(cost), int)
-    weight = np.zeros((bundles, cost.shape[1]))
+    bundle = np.zeros(len(cost), int)                       # of each item
+    bundle_cost = np.zeros((bundles, cost.shape[1]))
     for item in np.argsort(-cost.max(1), kind="stable"):
-        bundle[item] = (weight + cost[item]).max(1).argmin()
-        weight[bundle[item]] += cost[item]
+        bundle[item] = (bundle_cost + cost[item]).max(1).argmin()
+        bundle_cost[bundle[item]] += cost[item]
     neurons = np.bincount(bundle, size)
 
     def badness(sets):
         gap, components = spectral_gap(sets, neurons)
-        load = sets.T @ weight                              # [n_subnets, kinds], mean 1
+        load = sets.T @ bundle_cost                         # [n_subnets, kinds], mean 1
         return round(10 * (components - 1) + load.max() + 0.01 * (load ** 2).mean() - 0.02 * gap, 9)
 
     found = []

@@ -7,8 +7,8 @@ Trains a LLaMA or a ResNet-18 with Subnetwork Data Parallelism.
     python train.py --resume --out-dir out --sample "def "    prints text from a checkpoint
 
 In reading order: flags; `train`, the whole run; from flags to workers.  The rest is the house around it,
-which you can leave out at first: what is printed, evaluation, checkpoints, and the processes, where RANK and
-WORLD are this process's number and how many there are.  `say` prints on rank 0, `on_rank_0` works there.
+which you can leave out at first: what is printed, evaluation, checkpoints, and the processes.  `say` prints
+on rank 0, `on_rank_0` works there.
 """
 
 import argparse
@@ -43,6 +43,13 @@ import model_llama as llama
 import model_resnet as resnet
 import sdp
 from data import UserError
+
+DISTRIBUTED = dist.is_torchelastic_launched() and "RANK" in os.environ  # by torchrun
+RANK = int(os.environ["RANK"]) if DISTRIBUTED else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if DISTRIBUTED else 1
+STOP = False                        # somebody wants this machine back
+PATIENT = None                      # a process group of all ranks, in which rank 0 may take its time
+LOCK = None                         # rank 0 holds the out-dir
 
 # The flags whose default depends on the model, or on the data.  On two cores llama-tiny takes minutes, and so
 # does resnet18 on shapes.  (llama-134m has 134M parameters with a vocabulary of 32,000, and 85M with the 256
@@ -160,6 +167,8 @@ def settle(args, saved):
     if (args.model in resnet.PRESETS) != (args.data in data.IMAGES):
         raise UserError(f"{args.model} cannot read --data {args.data}: resnet18 reads images "
                         f"({', '.join(data.IMAGES)}), the others read text")
+    if args.model in llama.PRESETS and args.seq_len > llama.PRESETS[args.model].max_position_embeddings:
+        raise UserError(f"--seq-len {args.seq_len} is longer than the context of {args.model}")
     if args.seed < 0 or not 0 < args.lr < 1e6:
         raise UserError("--seed must be at least 0, --lr above 0 and below a million")
     if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
@@ -184,7 +193,7 @@ def train(args, device):
     design = Design(args, config)
     full = design.full_model()
     first, updates = check_checkpoint(checkpoint, design, full, dataset) if checkpoint else (0, 0)
-    agree({**vars(args), "contents of --data": dataset.digest, "checkpoint": (first, saved),
+    agree({**vars(args), "contents of --data": dataset.digest, "checkpoint": checkpoint.get("checksum"),
            "masks": data.fingerprint(mask.numpy() for mask in design.masks.values())})
     on_rank_0(claim_out_dir, args)
     describe(design, dataset, saved, device)
@@ -202,6 +211,7 @@ def train(args, device):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     flops_done = saved.get("flops", 0)
     lost = 0                                                         # updates skipped in a row
+    run_began = time.perf_counter()
     watch_signals()
 
     for step in range(first, last):
@@ -236,8 +246,9 @@ def train(args, device):
             estimate_statistics(sync, full, dataset, autocast)       # of batch norms, if any
         if evaluates or done % args.log_every == 0:
             speed = sync.world * args.grad_accum * batch[1].numel() / ms * 1000
+            left = (time.perf_counter() - run_began) / (done - first) * (last - done)
             say(f"step {done:5}/{steps}  loss {loss:.4f}  {ms:6.0f} ms/step  {speed:8.0f} {dataset.unit}/s  "
-                f"{ms * (last - done) / 60000:5.1f} min left")
+                f"{left / 60:5.1f} min left")
             ranks = of_all_ranks((sync.sent_bytes, torch.cuda.max_memory_allocated()))
             sent_bytes, peaks = zip(*ranks)
             line = {"step": done, "loss": loss, "lr": lr, "grad_norm": norm, "step_ms": ms,
@@ -516,11 +527,14 @@ def sample(args, count=200):
         raise UserError(f"--sample needs --resume and a checkpoint in --out-dir {args.out_dir}")
     saved = checkpoint["config"]
     settle(args, saved)                                              # refuses another --model
-    encoding = data.encoding_for(saved.get("vocab_size"))            # images have none
+    if FAMILIES[args.model] is not TEXT:
+        raise UserError(f"--sample prints text, and the checkpoint's model, {args.model}, reads images")
+    encoding = data.encoding_for(saved.get("vocab_size"))
     device = pick_device(args.device)
-    config = llama.LlamaConfig(**{field: saved[field] for field in asdict(llama.LlamaConfig())})
     with torch.device("meta"):
-        model = llama.Llama(config)
+        model = llama.Llama(replace(llama.PRESETS[args.model], vocab_size=saved["vocab_size"]))
+    if kinds(checkpoint.get("model")) != kinds(model.state_dict()):
+        raise UserError("the checkpoint's model has other names, shapes or types than it should")
     model.load_state_dict(checkpoint["model"], assign=True)
     tokens = torch.tensor([encoding.encode_ordinary(args.sample) or [10]], device=device)
     rng = torch.Generator(device).manual_seed(0)
@@ -616,19 +630,19 @@ def write_checkpoint(checkpoint, path):
 
 
 def open_checkpoint(out_dir):
-    """-> the newest undamaged checkpoint, or {} if there is none.
+    """-> the newest undamaged checkpoint, with a checksum, or {} if there is none.
 
     Its tensors are mapped: a rank reads only what it cuts.
     """
-    problems = []
+    damaged = []
     for path in out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt":
         if not path.exists():
             continue
         checkpoint = None
-        problem = "is not a checkpoint of this program"
         try:
             # torch.load notices no flipped bit, but the zip checksums do; what zip forgives, torch does not
-            if zipfile.ZipFile(path).testzip():
+            archive = zipfile.ZipFile(path)
+            if archive.testzip():
                 raise zipfile.BadZipFile
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError:                               # more than tensors and plain values
@@ -636,15 +650,16 @@ def open_checkpoint(out_dir):
         except Exception:                                            # damage has many faces
             with open(path, "rb") as file:
                 if file.read(2) == b"PK":                            # an archive, as ours are
-                    problem = "is damaged"
+                    damaged.append(path)
+                    continue
         config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
-        if isinstance(config, dict) and config.get("model") in FAMILIES and "data_digest" in config:
-            for line in problems:
-                say(f"warning: {line}, going on from {path}")
-            return checkpoint
-        problems.append(f"{path} {problem}")
-    if problems:
-        raise UserError(f"{', '.join(problems)}: move what you want to keep, or change --out-dir")
+        if not isinstance(config, dict) or config.get("model") not in FAMILIES or "data_digest" not in config:
+            raise UserError(f"{path} is not a checkpoint of this program: move it, or change --out-dir")
+        if damaged:
+            say(f"warning: {damaged[0]} is damaged, going on from {path}")
+        return {**checkpoint, "checksum": [file.CRC for file in archive.infolist()]}
+    if damaged:
+        raise UserError(f"{damaged[0]} is damaged and no other is there: start again with --overwrite")
     return {}
 
 
@@ -678,14 +693,6 @@ def check_checkpoint(checkpoint, design, full, dataset):
 
 
 # -- The processes ---------------------------------------------------------------------------------
-
-DISTRIBUTED = dist.is_torchelastic_launched() and "RANK" in os.environ  # by torchrun
-RANK = int(os.environ["RANK"]) if DISTRIBUTED else 0
-WORLD = int(os.environ["WORLD_SIZE"]) if DISTRIBUTED else 1
-STOP = False                        # somebody wants this machine back
-PATIENT = None                      # a process group of all ranks, in which rank 0 may take its time
-LOCK = None                         # rank 0 holds the out-dir
-
 
 def say(*words):
     if RANK == 0:

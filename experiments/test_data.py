@@ -152,8 +152,8 @@ def test_stdlib_is_read_as_bytes_and_split_by_file():
     ("training_train.bin", ["training_val.bin"], "training_val.bin"),
     ("fineweb_train_000001.bin", ["fineweb_val_000000.bin", "fineweb_train_2.bin"], "fineweb_val_000000.bin"),
     ("x_train.bin", ["x_validation.bin", "y_val.bin", "x_val_0.bin", "x_val.bin.part"], "the last tenth of"),
-    ("x1-train-7.bin", ["x1-val-0.bin", "x0-val-0.bin", "x1-val-0-old.bin"], "x1-val-0.bin"),
-    ("text.bin", ["val.bin", "text_val.bin"], "the last tenth of"),
+    ("x[1]-train-7.bin", ["x[1]-val-0.bin", "x1-val-0.bin", "x[1]-val-0-old.bin"], "x[1]-val-0.bin"),
+    ("text.bin", ["val.bin", "text_val.bin", "valtext.bin"], "the last tenth of"),
 ])
 def test_validation_is_on_the_file_beside_or_the_last_tenth_and_says_so(tmp_path, train, beside, validation):
     data.write_bin(tmp_path / train, np.arange(1000), 3000)
@@ -258,6 +258,24 @@ def test_text_too_long_for_one_shard_becomes_several(tmp_path, monkeypatch, caps
             assert torch.equal(got, expected)
     # A pattern that also finds the validation file does not train on it
     assert data.load(str(tmp_path / "x_*.bin"), 5, 16, 0).digest == several.digest == in_memory.digest
+    # Shards of an older text would be read too
+    monkeypatch.setattr(data, "MOST_TOKENS", 22_500 if count > 1 else 2501)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(data.UserError, match="would mix with other files"):
+        data.tokenise([tmp_path / "a"], str(tmp_path / "x"), 256)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_pipe_is_no_shard_and_no_file_overwrites_itself(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo.bin")
+    with pytest.raises(data.UserError, match="fifo.bin is no file"):
+        data.load(str(tmp_path / "fifo.bin"), 2, 16, 0)
+    monkeypatch.chdir(tmp_path)
+    for name in "mine_train.bin", "mine_val.bin":
+        Path(name).write_text("some longer text")
+        with pytest.raises(data.UserError, match="--out mine would mix with other files"):
+            data.tokenise([str(tmp_path / name)], "mine", 256)
+        assert Path(name).read_text() == "some longer text"
 
 
 def test_pieces_of_text_end_with_lines_or_within_very_long_ones(tmp_path, monkeypatch, gpt2):
