@@ -54,8 +54,8 @@ MAX_LOGITS = 2**25                                                   # held at a
 def branches(c):
     """Branch name (the module's path) -> (block, neurons, weights, FLOPs, activations of a neuron).
 
-    The last three balance the workers' loads, so their units do not matter, nor small errors: the FLOPs are
-    without those between positions.
+    The last three balance the workers' loads, so their units do not matter, nor small errors: the FLOPs (of a
+    weight 2 forward, 4 backward) are without those of the attention scores.
     """
     rows = 2 * (c.queries_per_kv + 1) * c.head_dim                   # of a KV head: of q, k, v, columns of o
     head = rows * c.hidden_size                                      # its weights
@@ -63,7 +63,7 @@ def branches(c):
     out = {}
     for i in range(c.num_hidden_layers):
         out[f"model.layers.{i}.self_attn"] = i, c.num_key_value_heads, head, 6 * head, rows
-        out[f"model.layers.{i}.mlp"] = i, c.intermediate_size, unit, 6 * unit, 4
+        out[f"model.layers.{i}.mlp"] = i, c.intermediate_size, unit, 6 * unit, 4  # gate, silu, up, product
     return out
 
 
@@ -266,6 +266,6 @@ def loss_in_parts(x, targets, head):
 
 
 def summed_loss(x, targets, head, weight):
-    """The weight is an argument: the backward pass runs this again, when a functional_call around the model
-    has put the module's old weight back."""
+    """The weight is an argument, as sdp.Simulation lends a module its weights for the forward pass alone, and
+    the backward pass runs this again.  (You can skip this at first.)"""
     return loss(functional_call(head, {"weight": weight}, x), targets) * len(targets)

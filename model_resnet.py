@@ -142,7 +142,7 @@ class Block(nn.Module):
         if self.rest.conv1:
             rest = self.rest
             h = FrozenConv.apply(x, rest.conv1.weight, self.stride)  # [B, rest, H / stride, H / stride]
-            # conv2 does not ask for h again, so only what made it is kept
+            # FrozenConv keeps no input.  So h is dropped, and computed again only for the ReLU's own gradient
             h = checkpoint(norm_and_relu, h, rest.bn1.weight, rest.bn1.bias,
                            use_reentrant=False, preserve_rng_state=False)
             h = FrozenConv.apply(h, rest.conv2.weight, 1)

@@ -21,9 +21,9 @@ Six things had to be done:
     6. The optimizer steps on pieces, which are 1-D.  nanoGPT's rule, to decay p.dim() >= 2, would decay
        nothing.  Go by the shape in the layout, as `adamw` in train.py does.
 
-A norm or bias that two branches share gets branch None: all hold it, and who has neither branch averages in
-zeros.  If you compare weights with a dense model's, leave out the bias of k.  Its gradient is 0 but for
-rounding, of which Adam makes whole steps.
+A norm or bias that two branches share gets branch None: all hold it, and the gradient of a worker that has
+neither branch is zero.  If you compare weights with a dense model's, leave out the bias of k: it adds the
+same to all scores of a query, so its gradient is 0 but for rounding, of which Adam makes whole steps.
 
 `check_layout` says whether a layout is true of the model.  Run it on your own model before you train.
 """
