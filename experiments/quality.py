@@ -132,6 +132,7 @@ def rows():
         out[f"ddp-{name}"] = Row(**change)
     best = out["neuron-6-ends-early-3-flops"]
     out["neuron-6-ends-early-3-warm-up-flops"] = replace(best, **remedies["warm-up"])
+    out["ddp-half-batch-warm-up-flops"] = replace(out["ddp-half-batch-flops"], **remedies["warm-up"])
     early = out["block-6-ends-early-3-flops"]
     out["block-6-ends-early-3-slowest-flops"] = replace(early, slowest=True)
     out["block-6-ends-early-3-batch-x4-flops"] = replace(early, batch=8)

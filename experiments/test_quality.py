@@ -118,6 +118,23 @@ def test_other_rows_learn(name, text):
     assert result["val_loss"] < 5.2                                  # from log(256) = 5.55
 
 
+def test_remedies_change_what_they_say():
+    """The peak comes after the warm-up; only matrices decay; branches alone have the higher rate."""
+    for part in 0.2, 0.4:
+        rates = [quality.schedule(step, 100, 1.0, part) for step in range(100)]
+        assert rates.index(1.0) == 100 * part - 1 and rates[0] == pytest.approx(0.01 / part)
+        assert sorted(rates[:rates.index(1.0)]) == rates[:rates.index(1.0)]
+    config = quality.config_of(quality.Row(layers=1))
+    layout = llama.layout(config)
+    params = {name: torch.nn.Parameter(torch.zeros(shape)) for name, (_, _, shape) in layout.items()}
+    for name, branch, matrix in ("neuron-6-branch-lr-flops", 4 / 3, 0.1), ("neuron-6-decay-flops", 1.0, 0.3):
+        optimizer = quality.optimizer_of(quality.rows()[name], params, layout, 1e-3)
+        of = {p: group for group in optimizer.param_groups for p in group["params"]}
+        for full_name, p in params.items():
+            assert of[p]["lr_factor"] == (branch if layout[full_name][0] else 1.0)
+            assert of[p]["weight_decay"] == (matrix if p.dim() > 1 else 0.0)
+
+
 def test_resnets_under_ddp_are_resnets():
     """Gradients are means over the workers; validation has the statistics of the batches it is given."""
     row = quality.rows()["resnet-ddp"]
