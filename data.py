@@ -165,8 +165,9 @@ def load_text(name, batch_size, seq_len, seed):
     if len(set(vocab_sizes)) > 1:
         raise UserError(f"the shards of {name} have different vocabularies: {sorted(set(vocab_sizes))}")
     *train, val = shards
-    validation = str(beside)
-    if not has_val:
+    if has_val:
+        validation = str(beside)
+    else:
         edge = len(val) * 9 // 10
         train.append(val[:edge])
         val = val[edge:]

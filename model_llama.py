@@ -34,9 +34,13 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
 
-    def __post_init__(self):
-        self.head_dim = self.hidden_size // self.num_attention_heads
-        self.queries_per_kv = self.num_attention_heads // self.num_key_value_heads  # that read one KV head
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def queries_per_kv(self):                                        # query heads that read one KV head
+        return self.num_attention_heads // self.num_key_value_heads
 
 
 # The paper gives the parameter counts of its models but not their shapes; these shapes are ours.
@@ -155,22 +159,22 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Attention and MLP, each behind its RMSNorm: x + scale * f(norm(x)).
 
-    held, rest: numbers of (KV heads, hidden units).  The held neurons train.  Under backward masking the
+    n_held, n_rest: numbers of (KV heads, hidden units).  The held neurons train.  Under backward masking the
     layer also runs all the others: the child `rest` has them, sdp.py freezes them, f is held(x) + rest(x).
     """
 
-    def __init__(self, c, held, rest, scales):
+    def __init__(self, c, n_held, n_rest, scales):
         super().__init__()
         self.config = c
         self.scales = scales                                         # of both branches
         norm = partial(nn.RMSNorm, c.hidden_size, c.rms_norm_eps)
-        self.input_layernorm = norm() if held[0] + rest[0] else None  # a branch without neurons is not built
-        self.self_attn = Attention(c, held[0]) if held[0] else None
-        self.post_attention_layernorm = norm() if held[1] + rest[1] else None
-        self.mlp = MLP(c, held[1]) if held[1] else None
+        self.input_layernorm = norm() if n_held[0] + n_rest[0] else None  # without neurons: not built, x <- x
+        self.self_attn = Attention(c, n_held[0]) if n_held[0] else None
+        self.post_attention_layernorm = norm() if n_held[1] + n_rest[1] else None
+        self.mlp = MLP(c, n_held[1]) if n_held[1] else None
         self.rest = nn.Module()
-        self.rest.self_attn = Attention(c, rest[0]) if rest[0] else None
-        self.rest.mlp = MLP(c, rest[1]) if rest[1] else None
+        self.rest.self_attn = Attention(c, n_rest[0]) if n_rest[0] else None
+        self.rest.mlp = MLP(c, n_rest[1]) if n_rest[1] else None
 
     def forward(self, x, rope=None):                                 # None: evaluation runs layers one by one
         if self.input_layernorm:

@@ -497,6 +497,7 @@ class MaskedAllReduce:
             if self.backward and len(piece.holders) < self.n_subnets:  # some subnet has it frozen
                 dist.broadcast(piece.param.data, src=piece.holders[0])
 
+
 # -----------------------------------------------------------------------------------------------------------
 # The first weights
 # -----------------------------------------------------------------------------------------------------------

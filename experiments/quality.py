@@ -129,7 +129,7 @@ def rows():
     remedies = {"warm-up": dict(warm_up=0.4), "decay": dict(decay=0.3), "branch-lr": dict(branch_lr=4 / 3)}
     for name, change in remedies.items():
         out[f"neuron-6-{name}-flops"] = replace(neuron, **change)
-        out[f"ddp-{name}"] = Row(**change)
+    out["ddp-warm-up"] = Row(**remedies["warm-up"])
     best = out["neuron-6-ends-early-3-flops"]
     out["neuron-6-ends-early-3-warm-up-flops"] = replace(best, **remedies["warm-up"])
     out["ddp-half-batch-warm-up-flops"] = replace(out["ddp-half-batch-flops"], **remedies["warm-up"])
