@@ -47,8 +47,9 @@ The file has the method four times, each time closer to the machine:
                             You can stop here and have the method
     SubnetDataParallel      what train.py uses: messages leave while the backward pass still runs
 
-Then come `Refresher`, for backward masking alone, and `stream`, which evaluates the full model.  Appendix 1
-has more masks, finds balanced ones, and describes any.  Appendix 2 is about refusals.
+Then come `Refresher`, for backward masking alone; `stream`, which evaluates the full model; and `FullModel`,
+which gives the simulation all that a training loop calls.  Appendix 1 has more masks, finds balanced ones,
+and describes any.  Appendix 2 is about refusals.
 
 Processes talk by collectives of torch.distributed.  A rank is the number of a process, a group is a set of
 ranks.  A collective returns when all ranks of its group have called it, so all must call the same ones in the
@@ -279,38 +280,6 @@ class Simulation:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             p.grad /= (count * (self.world // self.n_subnets)).to(self.device)  # 1/|H_j| * sum of g_ij
-
-    # The rest is there so that it can take the place of SubnetDataParallel, which explains it.  You can go on
-    # with the real workers
-
-    def clip_grad_norm(self, max_norm, *scalars):
-        """-> float64 [1 + len(scalars)]: the norm before clipping, and scalars, which are sums already."""
-        norm = nn.utils.clip_grad_norm_(self.full.values(), max_norm)
-        return torch.tensor([norm, *scalars], dtype=torch.float64, device=self.device)
-
-    no_sync = nullcontext
-    sent_bytes = 0
-
-    @property
-    def pieces(self):
-        """What the optimizer steps on: here whole parameters."""
-        return [Piece(name, (), p.numel(), name, p) for name, p in self.full.items()]
-
-    def refresh(self):
-        pass                                                # frozen weights are cut afresh in every pass
-
-    def close(self):
-        pass
-
-    def part_of(self, full, piece):
-        """What belongs into piece.param, or into its optimizer state, of a full tensor."""
-        return full
-
-    def gather(self, tensors=None, under=""):
-        """Yields (full name, full tensor), for names that begin with `under`."""
-        for name, tensor in zip(self.full, tensors or self.full.values()):
-            if name.startswith(under):
-                yield name, tensor.detach()
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -961,6 +930,48 @@ def stream(sync, full, batches):
                 batches[i] = stage(x)
         for name, weight in full.get_submodule(path).named_parameters(path):
             put(full, name, nn.Parameter(weight.to("meta"), requires_grad=False))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Where the full model is at hand: the simulation, and torch's own DDP (in train.py)
+# -----------------------------------------------------------------------------------------------------------
+
+class FullModel:
+    """The rest of SubnetDataParallel's interface, where no weights have to be sent or gathered.
+
+    So one training loop serves all.  self.full: {full name: parameter}; self.device: where they are.
+    """
+    no_sync = nullcontext
+    sent_bytes = 0
+
+    @property
+    def pieces(self):
+        """What the optimizer steps on: here whole parameters."""
+        return [Piece(name, (), p.numel(), name, p) for name, p in self.full.items()]
+
+    def clip_grad_norm(self, max_norm, *scalars):
+        """-> float64 [1 + len(scalars)]: the norm before clipping, and scalars, which are sums already."""
+        norm = nn.utils.clip_grad_norm_(self.full.values(), max_norm)
+        numbers = [torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in (norm, *scalars)]
+        return torch.stack(numbers)
+
+    def refresh(self):
+        """Nothing is frozen here.  (The simulation cuts frozen weights afresh in every pass.)"""
+
+    def close(self):
+        """There are no hooks and no groups."""
+
+    def part_of(self, full, piece):
+        return full
+
+    def gather(self, tensors=None, under=""):
+        for name, tensor in zip(self.full, tensors or self.full.values()):
+            if name.startswith(under):
+                yield name, tensor.detach()
+
+
+class SimulatedDataParallel(FullModel, Simulation):
+    """A simulation with the interface of SubnetDataParallel, to train with."""
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def make_sync(config, masks, backward, simulated=None, kind=sdp.SubnetDataParall
     n_subnets = sdp.count_subnets(masks)
     if simulated:
         modules = [subnetwork(config, masks, s, backward, scaled) for s in range(n_subnets)]
-        return sdp.Simulation(modules, masks, layout, value, simulated)
+        return sdp.SimulatedDataParallel(modules, masks, layout, value, simulated)
     subnet = dist.get_rank() % n_subnets
     module = subnetwork(config, masks, subnet, backward, scaled)
     sdp.materialize(module, masks, layout, subnet, value)

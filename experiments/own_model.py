@@ -330,7 +330,7 @@ def train_sdp(steps, masks, backward, one_batch=False):
         sync = sdp.SubnetDataParallel(module, masks, layout(), backward=backward)
     else:
         modules = [build(subnet) for subnet in range(n_subnets)]
-        sync = sdp.Simulation(modules, masks, layout(), value)
+        sync = sdp.SimulatedDataParallel(modules, masks, layout(), value)
     optimizer = torch.optim.AdamW([piece.param for piece in sync.pieces], lr=1e-3, weight_decay=0)
     losses = []
     for step in range(steps):

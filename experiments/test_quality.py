@@ -47,7 +47,7 @@ def test_one_dense_pass_is_the_simulation(row):
             scales = sdp.branch_scales(masks, subnet) if row.scaled and not row.backward else None
             modules.append(llama.Llama(config, sdp.held_counts(masks, subnet), row.backward, scales))
     value = sdp.fresh(layout, partial(llama.init, config), 0)
-    simulation = sdp.Simulation(modules, masks, layout, value, 8)
+    simulation = sdp.SimulatedDataParallel(modules, masks, layout, value, 8)
     total = 0.0
     for worker, batch in enumerate(batches):
         loss = simulation.forward(worker, *batch)

@@ -395,6 +395,15 @@ def test_flop_match_lengthens_the_run(tmp_path, monkeypatch):
     assert last["flops"] == pytest.approx(ddp["flops"], abs=last["flops"] / last["step"])
 
 
+@pytest.mark.parametrize("steps,warm", [(250, 100), (10_000, 1000)])
+def test_the_learning_rate_rises_for_two_fifths_or_1000_updates_and_then_falls(steps, warm):
+    rates = np.array([train.learning_rate(step, steps, 3.0, 0.1) for step in range(steps)])
+    np.testing.assert_allclose(rates[:warm], 3.0 * np.arange(1, warm + 1) / warm)
+    assert (np.diff(rates[warm:]) < 0).all() and rates[warm] == 3.0
+    assert rates[-1] == pytest.approx(0.3, rel=0.01)
+    assert rates[(steps + warm) // 2] == pytest.approx(1.65)        # half of the way down
+
+
 def compile_without_cpp(patch):
     """What torch.compile captures runs as it is: a compiler would take most of the time."""
     patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

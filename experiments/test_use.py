@@ -401,7 +401,7 @@ def _losses_where_a_branch_is_frozen_whole(simulated):
         modules = [nn.Sequential(*(Sum(6, 0) if masks[branch][0, subnet] else Sum(0, 6) for branch in masks))
                    for subnet in range(2)]
     if simulated:
-        sync = sdp.Simulation(modules, masks, layout, value)
+        sync = sdp.SimulatedDataParallel(modules, masks, layout, value)
     else:
         rank = dist.get_rank()
         sdp.materialize(modules[rank], masks, layout, rank, value)
