@@ -61,7 +61,8 @@ def branches(c):
     The last three balance the workers' loads, so their units do not matter, nor small errors: the FLOPs (of a
     weight 2 forward, 4 backward) are without those of the attention scores.
     """
-    rows = 2 * (c.queries_per_kv + 1) * c.head_dim                   # of a KV head: of q, k, v, columns of o
+    # A KV head has its rows of q, k and v and its columns of o: as many of q and o, as many of k and v
+    rows = 2 * (c.queries_per_kv + 1) * c.head_dim                   # also its activations: q, k, v, output
     head = rows * c.hidden_size                                      # its weights
     unit = 3 * c.hidden_size                                         # those of a hidden unit: gate, up, down
     out = {}
@@ -168,19 +169,21 @@ class Layer(nn.Module):
         self.config = c
         self.scales = scales                                         # of both branches
         norm = partial(nn.RMSNorm, c.hidden_size, c.rms_norm_eps)
-        self.input_layernorm = norm() if n_held[0] + n_rest[0] else None  # without neurons: not built, x <- x
-        self.self_attn = Attention(c, n_held[0]) if n_held[0] else None
-        self.post_attention_layernorm = norm() if n_held[1] + n_rest[1] else None
-        self.mlp = MLP(c, n_held[1]) if n_held[1] else None
+        heads, units = n_held
+        rest_heads, rest_units = n_rest
+        self.input_layernorm = norm() if heads + rest_heads else None  # without neurons: not built, x <- x
+        self.self_attn = Attention(c, heads) if heads else None
+        self.post_attention_layernorm = norm() if units + rest_units else None
+        self.mlp = MLP(c, units) if units else None
         self.rest = nn.Module()
-        self.rest.self_attn = Attention(c, n_rest[0]) if n_rest[0] else None
-        self.rest.mlp = MLP(c, n_rest[1]) if n_rest[1] else None
+        self.rest.self_attn = Attention(c, rest_heads) if rest_heads else None
+        self.rest.mlp = MLP(c, rest_units) if rest_units else None
 
     def forward(self, x, rope=None):                                 # None: evaluation runs layers one by one
         if self.input_layernorm:
             normed = self.input_layernorm(x)
             rope = rope or rope_table(x.shape[1], self.config, x.device)
-            for part in filter(None, (self.self_attn, self.rest.self_attn)):
+            for part in filter(None, (self.self_attn, self.rest.self_attn)):  # those that were built
                 x = torch.add(x, part(normed, rope), alpha=self.scales[0])  # one kernel: x + scale * part
         if self.post_attention_layernorm:
             normed = self.post_attention_layernorm(x)
@@ -204,13 +207,13 @@ class Llama(nn.Module):
             raise ValueError("backward masking runs whole branches: it scales nothing")
         self.config = c
         self.checkpoint_activations = False
-        full = {name: neurons for name, (_, neurons, *_) in branches(c).items()}
-        held = held or full
-        scales = scales or dict.fromkeys(full, 1.0)
+        neurons = {name: n for name, (_, n, *_) in branches(c).items()}
+        held = held or neurons
+        scales = scales or dict.fromkeys(neurons, 1.0)
         layers = nn.ModuleList()
         for i in range(c.num_hidden_layers):
             names = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-            rest = [full[b] - held[b] if backward else 0 for b in names]
+            rest = [neurons[b] - held[b] if backward else 0 for b in names]
             layers.append(Layer(c, [held[b] for b in names], rest, [scales[b] for b in names]))
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),

@@ -25,7 +25,9 @@ There are two regimes:
     of the full model's             biased (**)                 unbiased: its mean over the data is right
 
     (*) not where a batch norm follows, which scales anyway
-    (**) the input of a branch comes from other branches, of which the worker has only parts
+    (**) what goes into a branch, and the gradient that comes back to it, depend on other branches, of which
+    the worker has only parts.  And the scale 1/C is in the gradients too, which are averaged over the
+    holders alone: so those of scaled branches are about 1/C times the full model's.  (Adam does not mind)
 
 The words:
 
@@ -37,6 +39,7 @@ The words:
                 With S = W, which is usual, these are the workers H_j; else W/S workers for each subnet
     coverage    C = number of holders / S
     frozen      under backward masking a worker also has the neurons it does not hold; they do not train there
+    local       a parameter's name in this process's module; its full name is the one in the full model
     refresh     workers that hold neurons send the new weights to those that have them frozen
 
 The file has the method four times, each time closer to the machine:
@@ -188,7 +191,7 @@ class Slot(NamedTuple):
     trains: bool                    # False: frozen here (backward masking)
 
 
-def slots(module, masks, layout, subnet):
+def find_slots(module, masks, layout, subnet):
     """{parameter name in the subnetwork `module`: Slot}.  Changes nothing.
 
     Raises ValueError where module, masks and layout disagree.
@@ -235,33 +238,34 @@ def cut(full, slot):
 class Simulation:
     """All workers, one after another, on full parameters.
 
-    modules: the S subnetworks, on the meta device.  value(full name) -> the full parameter's first value.
-    Raises ValueError if S does not divide the number of workers.
+    modules: the S subnetworks, on the meta device: they have shapes, but no weights.  n_workers: S by
+    default.  value(full name) -> the full parameter's first value.  Raises ValueError if S does not divide
+    the number of workers.
     """
 
-    def __init__(self, modules, masks, layout, value, workers=None, device="cpu"):
+    def __init__(self, modules, masks, layout, value, n_workers=None, device="cpu"):
         self.n_subnets = len(modules)
-        self.world = workers or self.n_subnets
+        self.world = n_workers or self.n_subnets
         check_workers(self.world, self.n_subnets)
         self.workers = list(range(self.world))
         self.device = torch.device(device)
         self.masks = masks
         self.layout = layout
         self.modules = modules
-        self.slots = [slots(module, masks, layout, subnet) for subnet, module in enumerate(modules)]
+        self.slots = [find_slots(module, masks, layout, subnet) for subnet, module in enumerate(modules)]
         self.full = {name: nn.Parameter(value(name).to(device, copy=True)) for name in layout}
 
     def forward(self, worker, *inputs):
-        """Forward pass of one worker.  Its module is a mere shape; its weights are cut from the full ones.
+        """Forward pass of one worker, with weights that are cut from the full ones.
 
-        In the backward pass autograd pastes the gradients back, and adds up those of all workers in the
-        full parameter's .grad.
+        Autograd knows how they were cut.  So the backward pass pastes their gradients back, and adds up those
+        of all workers in the full parameter's .grad.
         """
         subnet = worker % self.n_subnets
         weights = {}
         for local, slot in self.slots[subnet].items():
-            full = self.full[slot.name] if slot.trains else self.full[slot.name].detach()
-            weights[local] = cut(full, slot)
+            p = self.full[slot.name]
+            weights[local] = cut(p if slot.trains else p.detach(), slot)
         return functional_call(self.modules[subnet], weights, inputs)  # runs the module with these weights
 
     @torch.no_grad()
@@ -277,9 +281,9 @@ class Simulation:
                 # Each neuron's number of holders, for each of its rows, shaped to lie along dim
                 count = self.masks[branch].sum(1).repeat_interleave(shape[dim] // len(self.masks[branch]))
                 count = count.view([-1 if d == dim else 1 for d in range(len(shape))])
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            p.grad /= (count * (self.world // self.n_subnets)).to(self.device)  # 1/|H_j| * sum of g_ij
+            total = torch.zeros_like(p) if p.grad is None else p.grad  # sum of g_ij
+            # A new tensor: autograd may have made two parameters' .grad of the same memory
+            p.grad = total / (count * (self.world // self.n_subnets)).to(self.device)  # 1/|H_j| * sum
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -307,7 +311,7 @@ def flat(tensor, slot):
 def pieces_of(masks, layout):
     """All pieces of the full model in forward order: (full name, holders, numel).  The same on all ranks.
 
-    In a parameter they are in the order of `holder_sets`, by which `slots` has sorted the neurons.
+    In a parameter they are in the order of `holder_sets`, by which `find_slots` has sorted the neurons.
     """
     sets, which = holder_sets(masks)
     everyone = tuple(range(count_subnets(masks)))
@@ -324,30 +328,31 @@ def pieces_of(masks, layout):
                     yield name, holders, numel // len(masks[branch]) * n
 
 
-def find_pieces(params, places, masks, layout, subnet):
+def find_pieces(params, slots, masks, layout, subnet):
     """All pieces of the full model in forward order, with their place in this process's module.
 
-    params: its parameters; places: its `slots`.  Lays each parameter out neuron by neuron: shapes and values
-    stay, the strides change.  A full parameter is in at most two parameters here: the trained one, and the
-    one in `rest`.  Each piece takes the next `numel` numbers of one of them, as `pieces_of` and `slots` have
-    the holder sets in the same order.
+    params: its parameters by local name; slots: theirs.  Lays each parameter out neuron by neuron: shapes and
+    values stay, the strides change.  Under backward masking a full parameter is split between two parameters
+    here, the one that trains and the one in `rest`.  Each piece takes the next `numel` numbers of one of
+    them, as `pieces_of` and `find_slots` have the holder sets in the same order.
     """
     here = {}
-    memory = {}                                             # views: what is written there, the module has
-    for local, slot in places.items():
+    untaken = {}                                            # what no piece has taken yet, 1-D
+    for local, slot in slots.items():
         p = params[local]
-        dim = slot.dim or 0
+        dim = slot.dim or 0                                 # this dimension goes outermost in memory:
         p.data = p.data.movedim(dim, 0).contiguous().movedim(0, dim)
         here[slot.name, slot.trains] = local
-        memory[local] = flat(p.data, slot)                  # from here on: what no piece has taken yet
+        # A view: what is written there, the module has.  (Not of p.data: then autograd would not notice)
+        untaken[local] = flat(p.detach(), slot)
     out = []
     for name, holders, numel in pieces_of(masks, layout):
         trains = subnet in holders
         local = here.get((name, trains))
         param = None                                        # forward masking: frozen neurons are not here
         if local is not None:
-            param = nn.Parameter(memory[local][:numel], requires_grad=trains)
-            memory[local] = memory[local][numel:]
+            param = nn.Parameter(untaken[local][:numel], requires_grad=trains)
+            untaken[local] = untaken[local][numel:]
         out.append(Piece(name, holders, numel, local, param))
     return out
 
@@ -355,9 +360,10 @@ def find_pieces(params, places, masks, layout, subnet):
 def make_groups(all_pieces, n_subnets, timeout):
     """{holders: ProcessGroup of the workers that train these subnets}, in the order of the messages.
 
-    Collective: all ranks make all groups.  The order matters: workers 0 and 1 may share the groups (0, 1) and
-    (0, 1, 2).  If worker 0 began with the one and worker 1 with the other, both would wait for ever.  So all
-    workers go through all groups in one global order, each leaving out those that are not for it.
+    The order matters: workers 0 and 1 may share the groups (0, 1) and (0, 1, 2).  If worker 0 began with the
+    one and worker 1 with the other, both would wait for ever.  So all workers go through this dict in its
+    order, which is the same everywhere, and leave out what is not for them.  Collective: to make a group, all
+    ranks must call new_group, and those outside get a mere placeholder.
     """
     world = dist.get_world_size()
     groups = {}
@@ -394,8 +400,9 @@ class MaskedAllReduce:
     pieces: what this worker trains.  all_pieces: those of the full model, whether they are here or not.
 
     masks, layout and backward must be the same on every rank, or the ranks wait for ever.  The loss must be
-    the mean over this worker's batch.  Parameters in no loss get zeros.  Raises ValueError for what SDP would
-    train wrongly.
+    the mean over this worker's batch.  Parameters in no loss get zeros.  Call no collective of your own
+    between backward() and the end of finish(): it could meet another rank's gradients.  Raises ValueError for
+    what SDP would train wrongly.
     """
 
     def __init__(self, module, masks, layout, backward=False, timeout=None):
@@ -408,7 +415,7 @@ class MaskedAllReduce:
         self.n_subnets = count_subnets(masks)
         check_workers(self.world, self.n_subnets)
         self.subnet = self.rank % self.n_subnets
-        self.slots = slots(module, masks, layout, self.subnet)
+        self.slots = find_slots(module, masks, layout, self.subnet)
         self.params = dict(module.named_parameters())
         self.device = next(iter(self.params.values())).device
         self.dtype = next(iter(self.params.values())).dtype
@@ -436,9 +443,9 @@ class MaskedAllReduce:
         """Makes every piece's gradient the average over the workers that hold it, after the backward pass."""
         for local in self.pieces_in:
             self._take_gradient(local)
-        for holders, group in self.groups.items():          # in one global order
+        for holders, group in self.groups.items():          # in the same order on all workers
             pieces = [piece for piece in self.pieces if piece.holders == holders]
-            if pieces:
+            if pieces:                                      # this worker is one of the holders
                 message = torch.cat([piece.param.grad for piece in pieces])
                 message /= self.count_workers(holders)      # 1/|H_j| * g_ij
                 dist.all_reduce(message, group=group)       # sum over i in H_j
@@ -497,8 +504,8 @@ def materialize(module, masks, layout, subnet, value, device="cpu"):
     buffer is on the meta device too, as nothing says what its value is; and if a parameter that trains here
     has requires_grad=False.
     """
-    places = slots(module, masks, layout, subnet)
-    check_trains(module, places)
+    slots = find_slots(module, masks, layout, subnet)
+    check_trains(module, slots)
     for name, buffer in module.named_buffers():
         if buffer.is_meta:
             raise ValueError(f"buffer {name} is on the meta device: make constants in forward, or give "
@@ -506,8 +513,8 @@ def materialize(module, masks, layout, subnet, value, device="cpu"):
     made = {}                                               # tied parameters stay tied
     for local, p in list(module.named_parameters(remove_duplicate=False)):
         if p not in made:
-            weight = cut(value(places[local].name), places[local]).to(device, copy=True)
-            made[p] = nn.Parameter(weight, requires_grad=places[local].trains)
+            weight = cut(value(slots[local].name), slots[local]).to(device, copy=True)
+            made[p] = nn.Parameter(weight, requires_grad=slots[local].trains)
         put(module, local, made[p])
     return module
 
@@ -576,9 +583,12 @@ class SubnetDataParallel(MaskedAllReduce):
 
         Go through the pieces in forward order, with one open bucket for each holder set.  When one is full,
         begin new ones of all sets: one that stayed open for many layers could leave only when the backward
-        pass has come to the first of them.  The backward pass comes to the pieces in the opposite order, so
-        the list is reversed.  All workers make the same list, and each leaves out what is not for it.  So the
-        first message of the list that is not done yet can always go on: nobody waits for ever.
+        pass has come to the first of them.  Say that two pieces fill a bucket, and that layer 1 has pieces
+        A1 and B1 of the sets A and B, and so on: the buckets are [A1 A2] [B1], then [B2 B3] [A3], and so on.
+        The backward pass comes to the pieces in the opposite order, so the list is reversed.
+
+        All workers make the same list, and each leaves out what is not for it.  So nobody waits for ever: the
+        holders of the first message that is not done have done all before it, so they send this one next.
         """
         buckets = []                                        # of all workers
         opened = {}
@@ -639,26 +649,30 @@ class SubnetDataParallel(MaskedAllReduce):
     @torch.no_grad()
     def finish(self):
         """As MaskedAllReduce.  RuntimeError if the forward pass did not wait for the refreshed weights."""
-        if not self._synchronise:
-            raise RuntimeError("finish() inside no_sync(): the last micro-step must be outside of it")
-        if self._stale:
-            raise RuntimeError("frozen weights may be old: backward masking needs refresh() after finish()")
-        used = {self.layout[self.slots[local].name][0] for local in self._taken}
-        self.refresher.check(used)                          # did a branch run with old weights?
-        self.arrive()                                       # those of branches that did not run
-        self._stale = bool(self.refresher.exchanges)
         untouched = [local for local in self.pieces_in if local not in self._taken]
-        check_replaced(self.module, self.params, untouched)
+        self._check_finish(untouched)
+        self.arrive()                                       # weights of branches that did not run
+        self._stale = bool(self.refresher.exchanges)
         for local in untouched:                             # no gradient came: zeros, as others wait for them
             self._ready(local)
         flying = self._flying
-        self._restart()
+        self._restart()                                     # now this update's squares can be collected
         while flying:
             work, message, bucket = flying.pop(0)
             work.wait()                                     # on NCCL the stream waits, not the host
             averages, square = self._unpack(message, self.dtype)
             deal_out(averages, bucket.pieces)
             self.squares.append(square)
+
+    def _check_finish(self, untouched):
+        """Raises RuntimeError for an update that would be wrong."""
+        if not self._synchronise:
+            raise RuntimeError("finish() inside no_sync(): the last micro-step must be outside of it")
+        if self._stale:
+            raise RuntimeError("frozen weights may be old: backward masking needs refresh() after finish()")
+        used = {self.layout[self.slots[local].name][0] for local in self._taken}
+        self.refresher.check(used)                          # did a branch run with old weights?
+        check_replaced(self.module, self.params, untouched)
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm, *scalars):
@@ -824,15 +838,9 @@ class Refresher:
     def __init__(self, sync, all_pieces):
         team = sync.rank - sync.subnet                      # its first worker
         limit = sync.bucket_bytes / sync.dtype.itemsize     # numbers a worker
-        load = Counter()                                    # numbers each subnet sends, at first for averages
-        for piece in all_pieces:
-            for subnet in piece.holders:
-                load[subnet] += piece.numel * sync.ring_share(piece.holders)
         self.exchanges = []                                 # in forward order
         size = 0                                            # of the last exchange
-        for piece, subnet in product(all_pieces, range(sync.n_subnets)):
-            if subnet in piece.holders:
-                continue
+        for piece, sender, receiver in plan_refresh(sync, all_pieces):
             if not self.exchanges or size >= limit:
                 size = 0
                 sends = [[] for _ in range(sync.world)]
@@ -840,19 +848,19 @@ class Refresher:
                 self.exchanges.append(Exchange(set(), sends, gets))
             size += piece.numel / sync.n_subnets            # as one of S workers sends it
             self.exchanges[-1].branches.add(sync.layout[piece.name][0])
-            sender = min(piece.holders, key=load.__getitem__)  # that with least to send so far
-            load[sender] += piece.numel
             if sync.subnet == sender:
-                sends[team + subnet].append(piece.param.data)
-            elif sync.subnet == subnet:
-                gets[team + sender].append(piece.param.data)
+                sends[team + receiver].append(piece.param.data)
+            elif sync.subnet == receiver:
+                gets[team + sender].append(piece.param.detach())
         self.sent = sum(numels(chain(*exchange.sends)) for exchange in self.exchanges)
         self.nothing = torch.empty(0, dtype=sync.dtype, device=sync.device)
         self._coming = []                                   # exchanges under way
+        self._unawaited = set()                             # branches that did not wait for their weights yet
 
     def ask(self):
         """Begins all exchanges."""
         self.arrive()
+        self._unawaited.update(*(exchange.branches for exchange in self.exchanges))
         for exchange in self.exchanges:
             message = torch.cat([self.nothing, *chain(*exchange.sends)])
             send_sizes = [numels(weights) for weights in exchange.sends]
@@ -861,8 +869,17 @@ class Refresher:
             work = dist.all_to_all_single(new, message, get_sizes, send_sizes, async_op=True)
             self._coming.append((exchange, work, message, new))  # the message must live until it has gone
 
+    def arrive(self):
+        """Waits for all exchanges, for all branches."""
+        self._unawaited.clear()
+        self._wait(0)
+
+    def _branch_waits(self, branch, left, *_):              # _: what hooks are called with
+        self._unawaited.discard(branch)
+        self._wait(left)
+
     @torch.no_grad()
-    def arrive(self, left=0, *_):                           # _: what hooks are called with
+    def _wait(self, left, *_):
         """Waits for exchanges, the oldest first, until at most `left` are under way."""
         while len(self._coming) > left:
             exchange, work, _, new = self._coming.pop(0)
@@ -875,8 +892,8 @@ class Refresher:
         """Lets each branch wait for its weights, in the module that has all of its parameters.  -> hooks"""
         if not self.exchanges:
             return []
-        hooks = [sync.module.register_state_dict_pre_hook(partial(self.arrive, 0)),
-                 sync.module.register_load_state_dict_pre_hook(partial(self.arrive, 0))]
+        hooks = [sync.module.register_state_dict_pre_hook(partial(self._wait, 0)),
+                 sync.module.register_load_state_dict_pre_hook(partial(self._wait, 0))]
         for i, exchange in enumerate(self.exchanges):
             left = len(self.exchanges) - 1 - i              # so many later ones may still be under way
             for branch in exchange.branches:
@@ -887,17 +904,28 @@ class Refresher:
                 common = os.path.commonprefix(paths)        # (of lists of names)
                 common = takewhile("rest".__ne__, common)   # `rest` may never be called as a module
                 module = sync.module.get_submodule(".".join(common))
-                hooks.append(module.register_forward_pre_hook(partial(self.arrive, left)))
+                hooks.append(module.register_forward_pre_hook(partial(self._branch_waits, branch, left)))
         return hooks
 
     def check(self, used):
-        """Raises RuntimeError if weights of one of the branches `used` have not arrived yet."""
-        for exchange, *_ in self._coming:
-            early = used & exchange.branches
-            if early:
-                raise RuntimeError(f"weights of {min(early)} were used before they had arrived: the module "
-                                   f"around that branch was never called as one; call arrive() before the "
-                                   f"forward pass")
+        """Raises RuntimeError if one of the branches `used` did not wait for its weights."""
+        early = used & self._unawaited
+        if early:
+            raise RuntimeError(f"branch {min(early)} did not wait for its weights: the module around it was "
+                               f"never called as one; call arrive() before the forward pass")
+
+
+def plan_refresh(sync, all_pieces):
+    """Yields (piece, subnet that sends it, subnet that lacks it).  All subnets send about as much."""
+    load = Counter()                                        # numbers that each subnet sends, averaging too
+    for piece in all_pieces:
+        for subnet in piece.holders:
+            load[subnet] += piece.numel * sync.ring_share(piece.holders)
+    for piece, receiver in product(all_pieces, range(sync.n_subnets)):
+        if receiver not in piece.holders:
+            sender = min(piece.holders, key=load.__getitem__)  # that with least to send so far
+            load[sender] += piece.numel
+            yield piece, sender, receiver
 
 
 def numels(tensors):
@@ -951,15 +979,17 @@ class FullModel:
 
     def clip_grad_norm(self, max_norm, *scalars):
         """-> float64 [1 + len(scalars)]: the norm before clipping, and scalars, which are sums already."""
-        norm = nn.utils.clip_grad_norm_(self.full.values(), max_norm)
-        numbers = [torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in (norm, *scalars)]
-        return torch.stack(numbers)
+        packet = torch.zeros(1 + len(scalars), dtype=torch.float64, device=self.device)
+        packet[0] = nn.utils.clip_grad_norm_(self.full.values(), max_norm)
+        for i, scalar in enumerate(scalars, 1):
+            packet[i] = scalar
+        return packet
 
     def refresh(self):
         """Nothing is frozen here.  (The simulation cuts frozen weights afresh in every pass.)"""
 
     def close(self):
-        """There are no hooks and no groups."""
+        """Nothing of ours has to be ended."""
 
     def part_of(self, full, piece):
         return full
@@ -1197,10 +1227,10 @@ def check_workers(world, n_subnets):
         raise ValueError(f"{n_subnets} subnets do not divide the number of workers, {world}")
 
 
-def check_trains(module, places):
+def check_trains(module, slots):
     """Raises ValueError for a parameter that trains here and has requires_grad=False."""
     for local, p in module.named_parameters():
-        if places[local].trains and not p.requires_grad:
+        if slots[local].trains and not p.requires_grad:
             raise ValueError(f"{local} has requires_grad=False, but this worker trains it: leave its "
                              f"pieces out of the optimizer instead")
 
@@ -1214,14 +1244,14 @@ def check_replaced(module, params, names):
                                f"assign=True: load without it")
 
 
-def check_wrap(module, places):
-    """Raises for a module that is not ready to be wrapped.  places: its `slots`."""
+def check_wrap(module, slots):
+    """Raises for a module that is not ready to be wrapped."""
     if getattr(module, "is_wrapped", False):
         raise ValueError("the module is wrapped already: close() the first wrapper before the second")
-    check_trains(module, places)
+    check_trains(module, slots)
     params = dict(module.named_parameters())
     first = next(iter(params.values()))
-    for local, slot in places.items():
+    for local, slot in slots.items():
         p = params[local]
         if p.dtype != first.dtype or p.device != first.device:
             raise ValueError("all parameters must have one dtype and one device: they share messages")

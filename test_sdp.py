@@ -559,7 +559,7 @@ def _naive_gradients(masks, backward):
         x, y = tokens_for(micro, rank)
         (llama.loss(module(x), y) / 2).backward()
     mine = {slot.name: (slot, module.get_parameter(local).grad)
-            for local, slot in sdp.slots(module, masks, layout, rank).items() if slot.trains}
+            for local, slot in sdp.find_slots(module, masks, layout, rank).items() if slot.trains}
     out = {}
     for name, (branch, dim, shape) in layout.items():
         grad = torch.zeros(shape).movedim(dim or 0, 0)

@@ -288,7 +288,7 @@ def accumulate(sync, dataset, step, micro_steps, autocast):
 
 def learning_rate(step, steps, peak, last):
     """Warm-up over 2/5 of the run, at most 1,000 updates; then a cosine down to `last` times the peak."""
-    warm = max(1, min(2 * steps // 5, 1000))                         # 2/5 is better than 1/5 in short runs
+    warm = max(1, min(2 * steps // 5, 1000))                         # at 250 updates better than 1/5
     if step < warm:
         return peak * (step + 1) / warm
     height = (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
@@ -346,7 +346,7 @@ class Design:
             model = self.family.Model(self.config, sdp.held_counts(self.masks, subnet), self.backward, **more)
         model.checkpoint_activations = self.args.checkpoint_activations
         # Frozen weights cost fewer FLOPs, and these are counted before the model has weights
-        for local, slot in sdp.slots(model, self.masks, self.layout, subnet).items():
+        for local, slot in sdp.find_slots(model, self.masks, self.layout, subnet).items():
             model.get_parameter(local).requires_grad_(slot.trains)
         return model
 
@@ -724,7 +724,7 @@ def pick_device(wanted):
 def start_processes(wanted, timeout):
     """Joins the other ranks.  -> this rank's device"""
     global PATIENT
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")               # torch: large tensors in large CPU pages
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")               # large CPU pages, for all tensors
     device = pick_device(wanted)
     if not DISTRIBUTED:
         return device

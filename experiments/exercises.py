@@ -47,8 +47,8 @@ def close(answer, right, tolerance):
     is_list = isinstance(answer, (list, tuple))
     need(is_list and len(answer) == len(right), f"wanted a list of {len(right)} numbers")
     for i, (a, b) in enumerate(zip(answer, right)):
-        is_right = isinstance(a, numbers.Real) and abs(a - b) <= tolerance
-        need(is_right, f"number {i + 1} of {len(right)} is not right: {a}")
+        need(isinstance(a, numbers.Real), f"number {i + 1} of {len(right)}, {a!r}, is no plain number")
+        need(abs(a - b) <= tolerance, f"number {i + 1} of {len(right)} is not right: {a}")
 
 
 def averages(average):
@@ -75,7 +75,7 @@ def shares(share):
     llama-tiny, block level, four subnetworks.  At coverage 3/4 a worker holds more than 75 % of the
     parameters.  Why?  (The sizes: vocabulary 256, d = 192, four blocks.  Each block has 8 query heads and 4
     KV heads of 24 numbers, an MLP of 512 hidden units, and two norms of d numbers.  There are no biases.
-    Embedding and head are two matrices, and there is a last norm.)
+    Embedding and head are two matrices, and there is a last norm.  You may use a calculator.)
 
     shares = [percent of the parameters at coverage 3/4, percent at 1/2], to 0.1
     """
@@ -96,7 +96,7 @@ def bytes_sent(answer):
     Four workers, each with its own subnetwork (W = S = 4).  k workers hold each neuron.  In a ring all-reduce
     among h workers, each of them sends 2 (h-1)/h bytes for each byte of the message.  How many bytes does a
     worker send in one update, on average, for each byte of the full model's branches?  Under backward masking
-    the new weights travel as well.  Who needs them?  How often must each be sent?
+    each new weight travels once to each worker that has it frozen, from one of its holders.
 
     bytes_sent = {"forward": [at k = 1, 2, 3, 4], "backward": [at k = 1, 2, 3, 4]}
     """
@@ -373,8 +373,10 @@ EXERCISES = [
 
 
 def check(number, answers):
-    """Returns "right", or what is missing.  answers: {name: value}."""
+    """Returns "right", or what is missing.  answers: {name: value}, or None."""
     exercise = EXERCISES[number - 1]
+    if answers is None:
+        return f"no answer yet: there is no answers.py in {Path.cwd()}"
     if exercise.__name__ not in answers:
         return f"no answer yet: answers.py has no {exercise.__name__}"
     answer = answers[exercise.__name__]
@@ -394,13 +396,14 @@ def main():
         print(f"error: wanted one number from 1 to {len(EXERCISES)}", file=sys.stderr)
         return 2
     if not sys.argv[1:]:
+        print(inspect.cleandoc(__doc__) + "\n")
         for number in numbers:
             print(f"{number}. {inspect.getdoc(EXERCISES[number - 1])}\n")
         return 0
     number = int(sys.argv[1])
     print(f"{number}. {inspect.getdoc(EXERCISES[number - 1])}\n")
     path = Path("answers.py")
-    result = check(number, runpy.run_path(str(path)) if path.exists() else {})
+    result = check(number, runpy.run_path(str(path)) if path.exists() else None)
     print(result)
     return 0 if result == "right" else 1
 

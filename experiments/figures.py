@@ -185,7 +185,8 @@ LOOKS = {                                                            # row -> la
     "ddp{}": ("DDP", "black"),
     "block-6{}-flops": ("SDP forward block 6/8", "#1b6ca8"),
     "neuron-6{}-flops": ("SDP forward neuron 6/8", "#c2571a"),
-    "neuron-6-ends-early-3{}-flops": ("SDP ends 3/8, then 5/8", "#7b2d8b"),
+    "neuron-6-ends-early-3-warm-up{}-flops": ("SDP ends, longer warm-up", "#7b2d8b"),
+    "ddp-warm-up{}": ("DDP, longer warm-up", "#d4a017"),
     "ddp-half-batch{}-flops": ("DDP, half the batch", "#999999"),
     "small-6-layers{}-flops": ("DDP, 6 of 8 blocks", "#2f7d4f"),
 }

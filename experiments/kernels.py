@@ -89,7 +89,7 @@ def measure(variant, config, masks, make_module):
             module.register_comm_hook(None, hook_without_peers)
         elif variant.startswith("sdp"):
             layout = llama.layout(config)
-            for local, slot in sdp.slots(module, masks, layout, 0).items():
+            for local, slot in sdp.find_slots(module, masks, layout, 0).items():
                 module.get_parameter(local).requires_grad_(slot.trains)
             sync = sdp.SubnetDataParallel(module, masks, layout, backward="backward" in variant)
         params = [piece.param for piece in sync.pieces] if sync else list(module.parameters())

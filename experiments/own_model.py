@@ -12,7 +12,8 @@ Six things had to be done:
     1. A neuron must own equal, consecutive rows (or columns) of each parameter.  c_attn has all q, then all
        k, then all v, so the rows of one head are in three places.  Split it into q, k and v.
     2. The bias of q, k, v or c_fc has one number a row.  Cut it like the rows.  The bias of a branch's
-       *output* is not a sum over neurons.  Like the norm, it belongs to the branch as a whole: add it once.
+       *output* is not a sum over neurons.  Like the norm, it belongs to the branch as a whole: add it once,
+       outside of what forward masking scales.
     3. A tied parameter is one shared parameter.  Only its first name is in the layout.  (sdp.stream cannot
        evaluate a tied model, so train.py cannot.  Gather it, as here, or untie the head.)
     4. A constant buffer gets persistent=False.  Then state_dict() has only what sdp.py averages.
@@ -25,7 +26,9 @@ A norm or bias that two branches share gets branch None: all hold it, and the gr
 neither branch is zero.  If you compare weights with a dense model's, leave out the bias of k: it adds the
 same to all scores of a query, so its gradient is 0 but for rounding, of which Adam makes whole steps.
 
-`check_layout` says whether a layout is true of the model.  Run it on your own model before you train.
+`check_layout` says whether a layout is true of the model.  Run it on your own model before you train.  It
+does not see an output's bias that is added among the neurons.  So build the model with backward=True as
+well: sdp.materialize() then refuses such a bias.
 """
 
 import copy

