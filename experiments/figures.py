@@ -132,6 +132,7 @@ def memory():
     labels = {"ddp": "DDP", "ddp-zero1": "DDP, ZeRO-1", "ddp-checkpoint": "DDP, activation checkpoints",
               "fsdp": "FSDP2", "fsdp-zero2": "FSDP2, ZeRO-2", "sdp at coverage 1": "SDP at coverage 1",
               "sdp-forward-block": "SDP forward block", "sdp-forward-neuron": "SDP forward neuron",
+              "sdp-forward-checkpoint": "SDP forward block, checkpoints",
               "sdp-backward-block": "SDP backward block", "sdp-backward-neuron": "SDP backward neuron"}
     rows = [last[name] for name in labels]
     fig, axis = plt.subplots(figsize=(9, 3.8))
@@ -147,7 +148,7 @@ def memory():
     axis.invert_yaxis()
     axis.set_xlim(0, left.max() * 1.2)
     axis.set_title("llama-1b, S = 8, coverage 6/8, two sequences of 2,048 tokens", loc="left", fontsize=11)
-    axis.set_xlabel("GB in use at the peak, largest worker (at SDP's peak no gradients are there yet)")
+    axis.set_xlabel("GB in use at the peak, largest worker (SDP's gradients are in messages: temporary)")
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     axis.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
