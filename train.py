@@ -724,7 +724,6 @@ def pick_device(wanted):
 def start_processes(wanted, timeout):
     """Joins the other ranks.  -> this rank's device"""
     global PATIENT
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")               # large CPU pages, for all tensors
     device = pick_device(wanted)
     if not DISTRIBUTED:
         return device
