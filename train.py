@@ -192,6 +192,7 @@ def train(args, device):
     dataset, config = load_data(args)
     design = Design(args, config)
     full = design.full_model()
+    # The steps done so far, and how many of them were updates: those that are not finite are skipped
     first, updates = check_checkpoint(checkpoint, design, full, dataset) if checkpoint else (0, 0)
     agree({**vars(args), "contents of --data": dataset.digest, "checkpoint": checkpoint.get("checksum"),
            "masks": data.fingerprint(mask.numpy() for mask in design.masks.values())})
@@ -276,8 +277,7 @@ def accumulate(sync, dataset, step, micro_steps, autocast):
     for worker in sync.workers:                                      # one under torchrun, all of them without
         for micro in range(micro_steps):
             inputs = dataset.batch("train", step * micro_steps + micro, worker, sync.world)
-            last = micro == micro_steps - 1
-            with nullcontext() if last else sync.no_sync():
+            with sync.no_sync() if micro < micro_steps - 1 else nullcontext():
                 with autocast:
                     loss = sync.forward(worker, *(t.to(sync.device) for t in inputs)) / micro_steps
                 loss.backward()
@@ -286,13 +286,13 @@ def accumulate(sync, dataset, step, micro_steps, autocast):
     return total
 
 
-def learning_rate(step, steps, peak, last):
-    """Warm-up over 2/5 of the run, at most 1,000 updates; then a cosine down to `last` times the peak."""
+def learning_rate(step, steps, peak, end):
+    """Warm-up over 2/5 of the run, at most 1,000 updates; then a cosine down to `end` times the peak."""
     warm = max(1, min(2 * steps // 5, 1000))                         # at 250 updates better than 1/5
     if step < warm:
         return peak * (step + 1) / warm
     height = (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
-    return peak * (last + (1 - last) * height)
+    return peak * (end + (1 - end) * height)
 
 
 # -- From flags to workers -------------------------------------------------------------------------
@@ -375,6 +375,7 @@ def build(design, device, checkpoint):
             compile_blocks(module)
     else:
         modules = [design.model(subnet) for subnet in range(design.n_subnets)]
+        # DDP too: one subnetwork, and args.subnets workers
         sync = sdp.SimulatedDataParallel(modules, design.masks, design.layout, value, args.subnets, device)
     optimizer = design.family.optimizer(sync.pieces, design.layout, args.lr)
     saved = checkpoint.get("optimizer", {})                          # {}: the run begins
