@@ -58,10 +58,10 @@ MAX_LOGITS = 2**25                                                   # held at a
 def branches(c):
     """Branch name (the module's path) -> (block, neurons, weights, FLOPs, activations of a neuron).
 
-    The last three balance the workers' loads, so their units do not matter, nor small errors: the FLOPs (of a
-    weight 2 forward, 4 backward) are without those of the attention scores.
+    The last three balance the workers' loads: neither units nor small errors matter.  FLOPs are 2 a weight
+    forward and 4 backward, without the attention scores.
     """
-    # A KV head has its rows of q, k and v and its columns of o: as many of q and o, as many of k and v
+    # Of one KV head: rows of q, k, v and columns of o
     rows = 2 * (c.queries_per_kv + 1) * c.head_dim                   # also its activations: q, k, v, output
     head = rows * c.hidden_size                                      # its weights
     unit = 3 * c.hidden_size                                         # those of a hidden unit: gate, up, down
@@ -76,7 +76,7 @@ def layout(c):
     """Full parameter name -> (branch or None, dimension of its neurons or None, full shape), in order.
 
     Each neuron owns equally many rows (0) or columns (1), one after another.  A norm belongs to the branch
-    behind it as a whole (None).  Branch None: all subnetworks hold it whole (embedding, final norm, head).
+    after it as a whole (None).  Branch None: all subnetworks hold it whole (embedding, final norm, head).
     """
     with torch.device("meta"):                                       # shapes without memory
         full = Llama(c)

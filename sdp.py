@@ -55,10 +55,10 @@ which gives the simulation all that a training loop calls.  Appendix 1 has more 
 and describes any.  Appendix 2 is about refusals.
 
 Processes talk by collectives of torch.distributed.  A rank is the number of a process, a group is a set of
-ranks.  A collective returns when all ranks of its group have called it, so all must call the same ones in the
-same order.  all_reduce: each gives a tensor, and each gets the sum.  broadcast: one gives, the others get.
-all_to_all: each sends a different part to each.  With async_op=True a collective returns at once, and the
-wait() of what it returned waits for its end.  (On a GPU the host goes on, and the GPU's stream waits.)
+ranks.  A collective may wait for all ranks of its group, so all must call the same ones in the same order.
+all_reduce: each gives a tensor, and each gets the sum.  broadcast: one gives, the others get.  all_to_all:
+each sends a different part to each.  With async_op=True a collective returns at once, and the wait() of what
+it returned waits for its end.  (On a GPU the host goes on, and the GPU's stream waits.)
 """
 
 import hashlib
@@ -81,7 +81,7 @@ from torch.func import functional_call
 def naive_masked_average(grad, holds):
     """The formula with full-size tensors.
 
-    grad [neurons, ...] of this worker; holds bool [neurons]: which it holds.  Some worker holds each neuron.
+    grad [neurons, ...] of this worker; holds bool [neurons]: which it holds.  Each neuron has a holder.
     """
     holds = holds.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1))  # [neurons, 1, ...]
     total = grad * holds                                    # zeros from those who do not hold
@@ -98,7 +98,7 @@ def naive_masked_average(grad, holds):
 # neuron).  The costs are weights, FLOPs and activations; only their ratios matter.  `held` is the k
 # of the coverage k/S: so many of the `n_subnets` shall hold each neuron.  `balanced_sets` gives each of n
 # items a set of `held` subnets, so that all subnets carry about equal costs.  It is in appendix 1, with
-# `neuron_masks`, `ends_masks`, and MASKS, the table of all mask functions.
+# `block_costs`, `neuron_masks`, `ends_masks`, and MASKS, the table of all mask functions.
 
 def block_masks(branches, n_subnets, held, seed=0):
     """Each block is held or skipped whole.  Exactly `held` of the subnets hold it."""
@@ -121,10 +121,10 @@ def held_counts(masks, subnet):
 def branch_scales(masks, subnet):
     """{branch: what forward masking multiplies this subnet's branch by}: 1/C where the coverage is C.
 
-    Let each neuron have h holders, as in our masks: it is in h of the S subnetworks.  Times S/h = 1/C, its
-    output f_n has the mean h/S * S/h * f_n = f_n over the subnetworks, as in the full model, for one input.
+    Let each neuron have k holders, as in our masks: it is in k of the S subnetworks.  Times S/k = 1/C, its
+    output f_n has the mean k/S * S/k * f_n = f_n over the subnetworks, as in the full model, for one input.
     Dropout and stochastic depth (arXiv 1603.09382) scale for the same reason.  If the neurons of a branch
-    have different h, it gets the mean of S/h over those held here, which is not exact.
+    have different k, it gets the mean of S/k over those held here, which is not exact.
     """
     scales = {}
     for branch, mask in masks.items():
@@ -148,7 +148,7 @@ def holder_sets(masks):
         if alone.any():
             raise ValueError(f"mask of {name}: no subnet holds neuron {int(alone.nonzero()[0])}")
         # rows: the mask's different rows, [[0, 1, 1], [1, 0, 1], ...]; inverse: which one each neuron has;
-        # numbers: of the rows' sets, among those of all branches
+        # numbers: of the rows' sets, in `sets`
         rows, inverse = mask.unique(dim=0, return_inverse=True)
         numbers = [sets.setdefault(tuple(row.nonzero().flatten().tolist()), len(sets)) for row in rows]
         which[name] = torch.tensor(numbers)[inverse]
@@ -282,7 +282,7 @@ class Simulation:
                 count = self.masks[branch].sum(1).repeat_interleave(shape[dim] // len(self.masks[branch]))
                 count = count.view([-1 if d == dim else 1 for d in range(len(shape))])
             total = torch.zeros_like(p) if p.grad is None else p.grad  # sum of g_ij
-            # A new tensor: autograd may have made two parameters' .grad of the same memory
+            # Not in place: two parameters' .grad may share memory
             p.grad = total / (count * (self.world // self.n_subnets)).to(self.device)  # 1/|H_j| * sum
 
 
@@ -432,7 +432,7 @@ class MaskedAllReduce:
         for piece in self.all_pieces:
             if piece.param is not None:
                 group = dist.group.WORLD if backward else self.groups[piece.holders]
-                dist.broadcast(piece.param.data, src=piece.holders[0], group=group)
+                dist.broadcast(piece.param.detach(), src=piece.holders[0], group=group)
 
     def count_workers(self, holders):
         """|H_j|: W/S workers train each subnet."""
@@ -471,7 +471,7 @@ class MaskedAllReduce:
         """Backward masking: brings new weights to those who have them frozen.  Forward masking: nothing."""
         for piece in self.all_pieces:
             if self.backward and len(piece.holders) < self.n_subnets:  # some subnet has it frozen
-                dist.broadcast(piece.param.data, src=piece.holders[0])
+                dist.broadcast(piece.param.detach(), src=piece.holders[0])
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -571,7 +571,7 @@ class SubnetDataParallel(MaskedAllReduce):
         self._unpack = torch.compile(unpack, dynamic=True) if compile else unpack
         # It brings the weights that are frozen here.  Under forward masking there are none
         self.refresher = Refresher(self, self.all_pieces if backward else [])
-        self._stale = False                                 # finish() was called, and refresh() was not yet
+        self._stale = False                                 # frozen weights wait for refresh()
         self._synchronise = True
         self._restart()
         self._hooks = [self.params[local].register_post_accumulate_grad_hook(partial(self._ready, local))
@@ -638,8 +638,8 @@ class SubnetDataParallel(MaskedAllReduce):
                 break                                       # or a later one would overtake
             # cat copies even a single piece.  It must: the copy is scaled in place, and p.grad's memory may
             # still be in use, as in x + p[None], where p.grad is a view of x's gradient
-            packed = torch.cat([piece.param.grad for piece in bucket.pieces])
-            message = self._pack(packed, bucket.share, self.wire_dtype)
+            gradients = torch.cat([piece.param.grad for piece in bucket.pieces])
+            message = self._pack(gradients, bucket.share, self.wire_dtype)
             work = dist.all_reduce(message, group=self.groups[bucket.holders], async_op=True)
             for piece in bucket.pieces:
                 piece.param.grad = None                     # it is in the message: free its memory
@@ -750,8 +750,8 @@ class SubnetDataParallel(MaskedAllReduce):
             dist.all_reduce(whole.view(-1).view(torch.uint8), op=dist.ReduceOp.MAX)
             yield name, whole
 
-    def ring_share(self, holders):
-        """What a ring all-reduce among h workers sends per number and worker, 2 (h-1)/h.  It is optimal.
+    def ring_sends(self, holders):
+        """What a ring all-reduce among h workers sends per number and worker: 2 (h-1)/h.
 
         The message is cut into h parts.  In h-1 turns each worker sends a part to its neighbour, which adds
         its own.  In h-1 more turns the sums go round.
@@ -770,7 +770,7 @@ class SubnetDataParallel(MaskedAllReduce):
             backward masking  2 (k-1)/S + (S-k)/S  =  (k+S-2)/S
             plain data parallelism  2 (S-1)/S
         """
-        reduced = sum(piece.numel * self.ring_share(piece.holders) for piece in self.pieces)
+        reduced = sum(piece.numel * self.ring_sends(piece.holders) for piece in self.pieces)
         return reduced * self.wire_dtype.itemsize + self.refresher.sent * self.dtype.itemsize
 
     def reset(self):
@@ -786,7 +786,7 @@ class SubnetDataParallel(MaskedAllReduce):
         for work, *_ in self._flying:
             work.wait()
         self._restart()
-        self.refresh()
+        self.refresh()                                      # finish() may have been called
         for p in [*self.params.values(), *(piece.param for piece in self.pieces)]:
             p.grad = None
 
@@ -831,13 +831,13 @@ class Refresher:
     sync: the MaskedAllReduce it works for.  all_pieces: of the full model; [] where nothing is frozen.
     sent: how many numbers this worker sends in an update.
 
-    Workers 0 to S-1 are a team, S to 2S-1 the next, and so on: each has all subnets, and refreshes itself.
+    Workers 0 to S-1 are a team, S to 2S-1 the next, and so on: a team has all subnets, and refreshes itself.
     So on a host with S devices these weights never leave the host.
     """
 
     def __init__(self, sync, all_pieces):
         team = sync.rank - sync.subnet                      # its first worker
-        limit = sync.bucket_bytes / sync.dtype.itemsize     # numbers a worker
+        limit = sync.bucket_bytes / sync.dtype.itemsize     # numbers, per worker
         self.exchanges = []                                 # in forward order
         size = 0                                            # of the last exchange
         for piece, sender, receiver in plan_refresh(sync, all_pieces):
@@ -846,14 +846,14 @@ class Refresher:
                 sends = [[] for _ in range(sync.world)]
                 gets = [[] for _ in range(sync.world)]
                 self.exchanges.append(Exchange(set(), sends, gets))
-            size += piece.numel / sync.n_subnets            # as one of S workers sends it
+            size += piece.numel / sync.n_subnets            # mean per worker
             self.exchanges[-1].branches.add(sync.layout[piece.name][0])
             if sync.subnet == sender:
-                sends[team + receiver].append(piece.param.data)
+                sends[team + receiver].append(piece.param.detach())
             elif sync.subnet == receiver:
                 gets[team + sender].append(piece.param.detach())
         self.sent = sum(numels(chain(*exchange.sends)) for exchange in self.exchanges)
-        self.nothing = torch.empty(0, dtype=sync.dtype, device=sync.device)
+        self.nothing = torch.empty(0, dtype=sync.dtype, device=sync.device)  # cat needs a tensor
         self._coming = []                                   # exchanges under way
         self._unawaited = set()                             # branches that did not wait for their weights yet
 
@@ -920,7 +920,7 @@ def plan_refresh(sync, all_pieces):
     load = Counter()                                        # numbers that each subnet sends, averaging too
     for piece in all_pieces:
         for subnet in piece.holders:
-            load[subnet] += piece.numel * sync.ring_share(piece.holders)
+            load[subnet] += piece.numel * sync.ring_sends(piece.holders)
     for piece, receiver in product(all_pieces, range(sync.n_subnets)):
         if receiver not in piece.holders:
             sender = min(piece.holders, key=load.__getitem__)  # that with least to send so far

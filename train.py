@@ -199,7 +199,7 @@ def train(args, device):
     on_rank_0(claim_out_dir, args)
     describe(design, dataset, saved, device)
     batch = dataset.batch("train", 0, 0, 1)                          # for its shape
-    flops, full_flops = measure_workers(design, full, batch)         # of one micro-step
+    flops, full_flops = measure_workers(design, full, batch)         # of a micro-step: mean, DDP's
     steps = round(args.steps * full_flops / flops) if args.flop_match else args.steps
     last = min(steps, args.until or steps)
     if first >= last:
@@ -261,9 +261,9 @@ def train(args, device):
                     f"accuracy {line['val_acc']:.2%}")
             on_rank_0(add_line, out_dir / "metrics.jsonl", line)
         if saves:
-            config = {**vars(args), **asdict(design.config), "data_digest": dataset.digest,
-                      "flops": flops_done}
-            facts = {"step": done, "config": config, "masks": design.masks}
+            settings = {**vars(args), **asdict(design.config), "data_digest": dataset.digest,
+                        "flops": flops_done}
+            facts = {"step": done, "config": settings, "masks": design.masks}
             save_checkpoint(out_dir, facts, sync, full, optimizer, design.family.moments, updates)
         if stops:
             break
