@@ -186,21 +186,23 @@ LOOKS = {                                                            # row -> la
     "ddp{}": ("DDP", "black"),
     "block-6{}-flops": ("SDP forward block 6/8", "#1b6ca8"),
     "neuron-6{}-flops": ("SDP forward neuron 6/8", "#c2571a"),
-    "neuron-6-ends-early-3-warm-up{}-flops": ("SDP ends, longer warm-up", "#7b2d8b"),
-    "ddp-warm-up{}": ("DDP, longer warm-up", "#d4a017"),
+    "neuron-6-ends-early-3{}-flops": ("SDP ends 3/8, then 5/8", "#7b2d8b"),
     "ddp-half-batch{}-flops": ("DDP, half the batch", "#999999"),
     "small-6-layers{}-flops": ("DDP, 6 of 8 blocks", "#2f7d4f"),
 }
 
 
 def flops():
-    """Validation loss of the full model against FLOPs: mean over the seeds, and the range they span."""
-    settings = ("", 250), ("", 1000), ("-batch-x4", 250), ("-batch-x4", 1000)
+    """Validation loss of the full model against FLOPs: mean over the seeds, and the range they span.
+
+    Above, the warm-up is 2/5 of the updates, as in train.py; below, with a larger batch, 1/5.
+    """
+    settings = ("-warm-up", 250), ("-warm-up", 1000), ("-batch-x4", 250), ("-batch-x4", 1000)
     fig, axes = plt.subplots(2, 2, figsize=(10, 7))
-    for axis, (batch, updates) in zip(axes.flat, settings):
+    for axis, (ending, updates) in zip(axes.flat, settings):
         found = best_runs(updates)
         for name, (label, colour) in LOOKS.items():
-            rows = found.get(name.format(batch))
+            rows = found.get(name.format(ending))
             if not rows:
                 continue
             steps = [step for step, _ in rows[0]["curve"]]
@@ -214,8 +216,8 @@ def flops():
             label = f"{label}, {seeds}"
             axis.plot(work, losses.mean(0), color=colour, marker="o", markersize=3.5, label=label)
             axis.fill_between(work, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
-        tokens = "4,096" if batch else "1,024"
-        axis.set_title(f"{updates:,} updates of DDP, {tokens} tokens each", fontsize=11, loc="left")
+        setting = "4,096 tokens, warm-up 1/5" if ending == "-batch-x4" else "1,024 tokens, warm-up 2/5"
+        axis.set_title(f"{updates:,} updates of DDP, {setting}", fontsize=11, loc="left")
         axis.set_xlabel("work of all workers, 10^12 FLOP")
         axis.set_ylabel("validation loss, nats per byte")
         axis.spines[["top", "right"]].set_visible(False)
