@@ -221,6 +221,8 @@ def flops():
         axis.set_xlabel("work of all workers, 10^12 FLOP")
         axis.set_ylabel("validation loss, nats per byte")
         axis.spines[["top", "right"]].set_visible(False)
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high + 0.2 * (high - low))                # room for the legend
         axis.legend(frameon=False, fontsize=9)
     fig.tight_layout()
     fig.savefig(HERE / "figures/flops.png", dpi=130, facecolor="white")
