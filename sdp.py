@@ -343,7 +343,7 @@ def find_pieces(params, slots, masks, layout, subnet):
         dim = slot.dim or 0                                 # this dimension goes outermost in memory:
         p.data = p.data.movedim(dim, 0).contiguous().movedim(0, dim)
         here[slot.name, slot.trains] = local
-        # A view: what is written there, the module has.  (Not of p.data: then autograd would not notice)
+        # A view: what the optimizer writes there, the module has.  (Of p.data, autograd would not see it)
         untaken[local] = flat(p.detach(), slot)
     out = []
     for name, holders, numel in pieces_of(masks, layout):
@@ -992,9 +992,11 @@ class FullModel:
         """Nothing of ours has to be ended."""
 
     def part_of(self, full, piece):
+        """All of it: pieces are whole parameters."""
         return full
 
     def gather(self, tensors=None, under=""):
+        """Yields (full name, full tensor), for names that begin with `under`."""
         for name, tensor in zip(self.full, tensors or self.full.values()):
             if name.startswith(under):
                 yield name, tensor.detach()

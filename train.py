@@ -199,7 +199,7 @@ def train(args, device):
     on_rank_0(claim_out_dir, args)
     describe(design, dataset, saved, device)
     batch = dataset.batch("train", 0, 0, 1)                          # for its shape
-    flops, full_flops = measure_workers(design, full, batch)         # of a micro-step: mean, DDP's
+    flops, full_flops = measure_workers(design, full, batch)         # of a micro-step: mean and DDP's
     steps = round(args.steps * full_flops / flops) if args.flop_match else args.steps
     last = min(steps, args.until or steps)
     if first >= last:

@@ -116,7 +116,7 @@ def rows():
             out["ddp-6-workers"] = Row(workers=6)
             for level in "block", "neuron":
                 out[f"backward-{level}-6"] = Row(level=level, held=6, backward=True)
-    for factor in 2, 4, 8, 16, 32, 64, 128:
+    for factor in 2, 4, 8, 16, 32:
         out[f"ddp-batch-x{factor}"] = Row(batch=2 * factor)
     for factor in 2, 4:
         for level in "block", "neuron":
