@@ -109,6 +109,7 @@ def rows():
         if held == 6:
             out["stochastic-depth-6-flops"] = Row(level="block", held=6, flops=True, draw="coin", redraw=1)
             out["small-6-layers-flops"] = Row(layers=6, flops=True)
+            out["small-6-layers-half-batch-flops"] = Row(layers=6, batch=1, flops=True)
             out["ddp-half-batch-flops"] = Row(batch=1, flops=True)
             for level in "block", "neuron":
                 out[f"{level}-6-half-batch-flops"] = Row(level=level, held=6, batch=1, flops=True)
@@ -116,7 +117,7 @@ def rows():
             out["ddp-6-workers"] = Row(workers=6)
             for level in "block", "neuron":
                 out[f"backward-{level}-6"] = Row(level=level, held=6, backward=True)
-    for factor in 2, 4, 8, 16, 32:
+    for factor in 2, 4, 8, 16, 32, 64:
         out[f"ddp-batch-x{factor}"] = Row(batch=2 * factor)
     for factor in 2, 4:
         for level in "block", "neuron":
@@ -162,6 +163,7 @@ def rows():
     # As train.py warms up
     for name in ("ddp", "block-6", "block-6-flops", "neuron-6-flops", "neuron-6-ends-early-3-flops",
                  "ddp-half-batch-flops", "small-6-layers-flops", "neuron-6-ends-early-3-half-batch-flops",
+                 "small-6-layers-half-batch-flops",
                  "digits-ddp", "digits-neuron-6-flops"):
         ending = "-flops" if name.endswith("-flops") else ""
         out[f"{name.removesuffix('-flops')}-warm-up{ending}"] = replace(out[name], **remedies["warm-up"])
@@ -637,18 +639,16 @@ def say_table(table, names, args, results):
     the slowest, for which they wait.  gap: the masks' spectral gap.  cosine: between two workers' gradients
     of what all hold, after training.  Both are means over the runs of the shortest length.
     """
-    lengths = sorted({r["updates"] for r in results if r["row"] in names})
+    lengths = sorted({r["updates"] for r in results if r["row"] in names} & set(args.updates))
     columns = ["row", "parameters", "FLOPs", "slowest", "gap", "cosine", *(f"{n} updates" for n in lengths)]
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
-    plain = {(r["row"], r["updates"]): r["flops"] for r in results}  # of the last run of each row
     for name in names:
         row = table[name]
-        mine = [r for r in results if r["row"] == name]
+        mine = [r for r in results if r["row"] == name and r["updates"] in lengths]
         if not mine:
             continue
-        dense = plain_name(row)
-        flops = [r["flops"] / plain[key] for r in mine if (key := (dense, r["updates"])) in plain]
+        dense = table[plain_name(row)]
         cells = []
         shortest = []                                                # the runs of the shortest length
         for updates in lengths:
@@ -659,14 +659,11 @@ def say_table(table, names, args, results):
             spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
             lr = f"{best:g}{'*' if more else ''}"
             cells.append(f"{statistics.mean(found):.3f}{spread} ({len(found)}; {lr})" if found else "")
-        share = ""
-        slowest = ""
-        if flops:
-            most = flops[0] / flops_of_update(row, 0, row.slowest) * flops_of_update(row, 0, slowest=True)
-            share = f"{flops[0]:.2f}"
-            slowest = f"{most:.2f}"
-        held = f"{parameters_of(row) / parameters_of(table[dense]):.2f}"
-        facts = [name, held, share, slowest, mean_of(shortest, "spectral_gap"), mean_of(shortest, "cosine")]
+        share = mine[0]["flops"] / (flops_of_update(dense, 0) * mine[0]["updates"])
+        slowest = share / flops_of_update(row, 0, row.slowest) * flops_of_update(row, 0, slowest=True)
+        held = parameters_of(row) / parameters_of(dense)
+        facts = [name, *(f"{x:.2f}" for x in (held, share, slowest)),
+                 mean_of(shortest, "spectral_gap"), mean_of(shortest, "cosine")]
         print("| " + " | ".join(facts + cells) + " |")
 
 

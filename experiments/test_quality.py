@@ -99,6 +99,11 @@ def test_goes_on_where_it_was_cut_off(tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == list(names)
     assert all("±" in line and "(2; 0.0" in line for line in lines[2:])
+    flops = {name: r["flops"] for (name, _, _), r in runs.items()}
+    shares = [float(line.split("|")[3]) for line in lines[2:]]
+    assert shares == pytest.approx([1, flops["neuron-6-flops"] / flops["ddp"]], abs=0.005)
+    quality.main([*names, "--results", str(path), "--table"])        # 250 and 1,000 updates: no such runs
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 @pytest.fixture(scope="module")
