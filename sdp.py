@@ -24,7 +24,7 @@ There are two regimes:
     gradient, as an estimate
     of the full model's             biased (**)                 unbiased: its mean over the data is right
 
-    (*) not where a batch norm follows, which scales anyway
+    (*) C, the coverage, is explained below.  Not where a batch norm follows, which scales anyway
     (**) what goes into a branch, and the gradient that comes back to it, depend on other branches, of which
     the worker has only parts.  And the scale 1/C is in the gradients too, which are averaged over the
     holders alone: so those of scaled branches are about 1/C times the full model's.  (Adam does not mind)
@@ -67,7 +67,7 @@ import os
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import chain, product, takewhile
+from itertools import chain, product
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -79,7 +79,7 @@ from torch.func import functional_call
 
 
 def naive_masked_average(grad, holds):
-    """The formula with full-size tensors.
+    """The formula with full-size tensors.  (Later, no worker stores what it does not hold.)
 
     grad [neurons, ...] of this worker; holds bool [neurons]: which it holds.  Each neuron has a holder.
     """
@@ -102,7 +102,7 @@ def naive_masked_average(grad, holds):
 
 def block_masks(branches, n_subnets, held, seed=0):
     """Each block is held or skipped whole.  Exactly `held` of the subnets hold it."""
-    blocks = list(dict.fromkeys(block for block, *_ in branches.values()))
+    blocks = list(dict.fromkeys(block for block, *_ in branches.values()))  # each once, in order
     cost, size = block_costs(branches, blocks)              # what each block costs; its neurons
     sets = balanced_sets(cost, size, n_subnets, held, seed)  # bool [blocks, n_subnets]
     return {name: sets[blocks.index(block)].repeat(neurons, 1)
@@ -150,7 +150,8 @@ def holder_sets(masks):
         # rows: the mask's different rows, [[0, 1, 1], [1, 0, 1], ...]; inverse: which one each neuron has;
         # numbers: of the rows' sets, in `sets`
         rows, inverse = mask.unique(dim=0, return_inverse=True)
-        numbers = [sets.setdefault(tuple(row.nonzero().flatten().tolist()), len(sets)) for row in rows]
+        found = [tuple(row.nonzero().flatten().tolist()) for row in rows]  # [(1, 2), (0, 2), ...]
+        numbers = [sets.setdefault(holders, len(sets)) for holders in found]  # a new set gets the next number
         which[name] = torch.tensor(numbers)[inverse]
     return list(sets), which
 
@@ -168,11 +169,16 @@ def branch_holders(mask):
 # dim None: the parameter belongs to the branch as a whole (its norm).  Branch None: shared, all subnets
 # hold it (embedding, head).
 #
-# A subnetwork has its neurons sorted by holder set.  (A branch is a sum, so their order does not matter.)
-# And each cut parameter lies in memory neuron by neuron: one that is cut by columns (down_proj) is stored
-# column after column, like a transposed tensor.  So what one holder set has of a parameter is one stretch of
-# memory, a 1-D tensor: a *piece*.  Averaging, optimizer and refreshes need no dimensions.  An example, with
-# three subnets, six neurons n0 to n5, and two numbers for each:
+# On real workers, what is averaged with the same workers shall lie together in memory:
+#
+# 1. A subnetwork has its neurons sorted by holder set.  (A branch is a sum: their order does not matter.)
+# 2. Each cut parameter is stored neuron by neuron.  So one that is cut by columns (down_proj) is stored
+#    column after column, like a transposed tensor.
+# 3. So what one holder set has of a parameter is one stretch of memory.  A second, 1-D parameter is laid over
+#    it, a *piece*.  The module computes with the one, the optimizer steps on the other: the numbers are the
+#    same.  Averaging, optimizer and refreshes need no dimensions.
+#
+# An example, with three subnets, six neurons n0 to n5, and two numbers for each:
 #
 #     mask of n0 to n5                            1 0 1,  1 1 0,  0 1 1,  0 1 1,  1 1 0,  1 0 1
 #     holder sets, numbered by `holder_sets`      (1, 2),  (0, 2),  (0, 1)
@@ -187,7 +193,7 @@ class Slot(NamedTuple):
     """Where a parameter of a subnetwork lies in the full model."""
     name: str                       # of the full parameter
     dim: int | None                 # the dimension that is cut; None: the parameter is whole
-    rows: torch.Tensor | None       # where they are in the full parameter along dim (columns, if it is 1)
+    rows: torch.Tensor | None       # which indices along dim it has: rows, or columns if dim is 1
     trains: bool                    # False: frozen here (backward masking)
 
 
@@ -205,7 +211,7 @@ def find_slots(module, masks, layout, subnet):
         check_place(local, name, frozen, masks, layout)
         branch, dim, shape = layout[name]
         if dim is None:
-            # A norm is outside of held and rest.  It trains where some neuron of its branch does, else not
+            # Shared, or a branch's norm, which is there once for held and rest: it trains where a neuron does
             slot = Slot(name, None, None, branch is None or bool(masks[branch][:, subnet].any()))
         else:
             mask = masks[branch]
@@ -229,249 +235,6 @@ def cut(full, slot):
     if slot.dim is None:
         return full
     return full.index_select(slot.dim, slot.rows.to(full.device))
-
-
-# -----------------------------------------------------------------------------------------------------------
-# All workers in one process: the clearest statement of the method, and what the tests compare with
-# -----------------------------------------------------------------------------------------------------------
-
-class Simulation:
-    """All workers, one after another, on full parameters.
-
-    modules: the S subnetworks, on the meta device: they have shapes, but no weights.  n_workers: S by
-    default.  value(full name) -> the full parameter's first value.  Raises ValueError if S does not divide
-    the number of workers.
-    """
-
-    def __init__(self, modules, masks, layout, value, n_workers=None, device="cpu"):
-        self.n_subnets = len(modules)
-        self.world = n_workers or self.n_subnets
-        check_workers(self.world, self.n_subnets)
-        self.workers = list(range(self.world))
-        self.device = torch.device(device)
-        self.masks = masks
-        self.layout = layout
-        self.modules = modules
-        self.slots = [find_slots(module, masks, layout, subnet) for subnet, module in enumerate(modules)]
-        self.full = {name: nn.Parameter(value(name).to(device, copy=True)) for name in layout}
-
-    def forward(self, worker, *inputs):
-        """Forward pass of one worker, with weights that are cut from the full ones.
-
-        Autograd knows how they were cut.  So the backward pass pastes their gradients back, and adds up those
-        of all workers in the full parameter's .grad.
-        """
-        subnet = worker % self.n_subnets
-        weights = {}
-        for local, slot in self.slots[subnet].items():
-            p = self.full[slot.name]
-            weights[local] = cut(p if slot.trains else p.detach(), slot)
-        return functional_call(self.modules[subnet], weights, inputs)  # runs the module with these weights
-
-    @torch.no_grad()
-    def finish(self):
-        """Each gradient is now a sum over the workers that hold the parameter.  Makes it their mean."""
-        for name, p in self.full.items():
-            branch, dim, shape = self.layout[name]
-            if branch is None:
-                count = torch.tensor(self.n_subnets)        # of subnets that hold each entry
-            elif dim is None:
-                count = self.masks[branch].any(0).sum()
-            else:
-                # Each neuron's number of holders, for each of its rows, shaped to lie along dim
-                count = self.masks[branch].sum(1).repeat_interleave(shape[dim] // len(self.masks[branch]))
-                count = count.view([-1 if d == dim else 1 for d in range(len(shape))])
-            total = torch.zeros_like(p) if p.grad is None else p.grad  # sum of g_ij
-            # Not in place: two parameters' .grad may share memory
-            p.grad = total / (count * (self.world // self.n_subnets)).to(self.device)  # 1/|H_j| * sum
-
-
-# -----------------------------------------------------------------------------------------------------------
-# Real workers: one process and one subnetwork each
-# -----------------------------------------------------------------------------------------------------------
-
-class Piece(NamedTuple):
-    """What one holder set has of one parameter, and where it is in this process.
-
-    All its holders have the same bits.  name: of the full parameter; local: the name of this process's
-    parameter that has the piece, trained or frozen, or None if it is not here.
-    """
-    name: str
-    holders: tuple                  # subnets
-    numel: int
-    local: str | None
-    param: nn.Parameter | None      # [numel], in the memory of `local`; the optimizer steps on it
-
-
-def flat(tensor, slot):
-    """A parameter's or gradient's numbers, neuron by neuron: 1-D, a view if they lie so, else a copy."""
-    return tensor.movedim(slot.dim or 0, 0).reshape(-1)     # None: the parameter is whole
-
-
-def pieces_of(masks, layout):
-    """All pieces of the full model in forward order: (full name, holders, numel).  The same on all ranks.
-
-    In a parameter they are in the order of `holder_sets`, by which `find_slots` has sorted the neurons.
-    """
-    sets, which = holder_sets(masks)
-    everyone = tuple(range(count_subnets(masks)))
-    for name, (branch, dim, shape) in layout.items():
-        numel = torch.Size(shape).numel()
-        if branch is None:
-            yield name, everyone, numel
-        elif dim is None:
-            yield name, branch_holders(masks[branch]), numel
-        else:
-            neurons = which[branch].bincount(minlength=len(sets)).tolist()
-            for holders, n in zip(sets, neurons):
-                if n:
-                    yield name, holders, numel // len(masks[branch]) * n
-
-
-def find_pieces(params, slots, masks, layout, subnet):
-    """All pieces of the full model in forward order, with their place in this process's module.
-
-    params: its parameters by local name; slots: theirs.  Lays each parameter out neuron by neuron: shapes and
-    values stay, the strides change.  Under backward masking a full parameter is split between two parameters
-    here, the one that trains and the one in `rest`.  Each piece takes the next `numel` numbers of one of
-    them, as `pieces_of` and `find_slots` have the holder sets in the same order.
-    """
-    here = {}
-    untaken = {}                                            # what no piece has taken yet, 1-D
-    for local, slot in slots.items():
-        p = params[local]
-        dim = slot.dim or 0                                 # this dimension goes outermost in memory:
-        p.data = p.data.movedim(dim, 0).contiguous().movedim(0, dim)
-        here[slot.name, slot.trains] = local
-        # A view: what the optimizer writes there, the module has.  (Of p.data, autograd would not see it)
-        untaken[local] = flat(p.detach(), slot)
-    out = []
-    for name, holders, numel in pieces_of(masks, layout):
-        trains = subnet in holders
-        local = here.get((name, trains))
-        param = None                                        # forward masking: frozen neurons are not here
-        if local is not None:
-            param = nn.Parameter(untaken[local][:numel], requires_grad=trains)
-            untaken[local] = untaken[local][numel:]
-        out.append(Piece(name, holders, numel, local, param))
-    return out
-
-
-def make_groups(all_pieces, n_subnets, timeout):
-    """{holders: ProcessGroup of the workers that train these subnets}, in the order of the messages.
-
-    The order matters: workers 0 and 1 may share the groups (0, 1) and (0, 1, 2).  If worker 0 began with the
-    one and worker 1 with the other, both would wait for ever.  So all workers go through this dict in its
-    order, which is the same everywhere, and leave out what is not for them.  Collective: to make a group, all
-    ranks must call new_group, and those outside get a mere placeholder.
-    """
-    world = dist.get_world_size()
-    groups = {}
-    for piece in all_pieces:
-        if piece.holders not in groups:
-            workers = [rank for rank in range(world) if rank % n_subnets in piece.holders]
-            whole = len(workers) == world
-            groups[piece.holders] = dist.group.WORLD if whole else dist.new_group(workers, timeout=timeout)
-    return groups
-
-
-def deal_out(gradients, pieces):
-    """Makes each piece's part of a 1-D tensor its gradient: views, no copies."""
-    for piece, part in zip(pieces, gradients.split([piece.numel for piece in pieces])):
-        piece.param.grad = part
-
-
-class MaskedAllReduce:
-    """The method on real workers in its plain form: after the backward pass, one message for each holder set.
-
-        sync = MaskedAllReduce(module, masks, layout)
-        optimizer = torch.optim.AdamW([piece.param for piece in sync.pieces])  # views of the module's weights
-
-        loss.backward()
-        sync.finish()                                # piece.param.grad is now the average over the holders
-        optimizer.step()
-        optimizer.zero_grad()
-        sync.refresh()                               # backward masking: new weights for frozen neurons
-
-    module: the subnetwork of this process, rank mod S, as `materialize` makes it.  As in DDP, all begin with
-        the weights of the first worker that holds them, and it must not be moved or converted later.
-    backward: is it backward masking?
-    timeout: a timedelta, for the process groups that are made here.
-    pieces: what this worker trains.  all_pieces: those of the full model, whether they are here or not.
-
-    masks, layout and backward must be the same on every rank, or the ranks wait for ever.  The loss must be
-    the mean over this worker's batch.  Parameters in no loss get zeros.  Call no collective of your own
-    between backward() and the end of finish(): it could meet another rank's gradients.  Raises ValueError for
-    what SDP would train wrongly.
-    """
-
-    def __init__(self, module, masks, layout, backward=False, timeout=None):
-        self.module = module
-        self.masks = masks
-        self.layout = layout
-        self.backward = backward
-        self.rank = dist.get_rank()
-        self.world = dist.get_world_size()
-        self.n_subnets = count_subnets(masks)
-        check_workers(self.world, self.n_subnets)
-        self.subnet = self.rank % self.n_subnets
-        self.slots = find_slots(module, masks, layout, self.subnet)
-        self.params = dict(module.named_parameters())
-        self.device = next(iter(self.params.values())).device
-        self.dtype = next(iter(self.params.values())).dtype
-        check_wrap(module, self.slots)
-        self.all_pieces = find_pieces(self.params, self.slots, masks, layout, self.subnet)
-        check_pieces(self.all_pieces, self.n_subnets, self.subnet, backward)
-        self.pieces = [piece for piece in self.all_pieces if self.subnet in piece.holders]
-        self.pieces_in = defaultdict(list)                  # trained parameter -> its pieces, in order
-        for piece in self.pieces:
-            self.pieces_in[piece.local].append(piece)
-        self.groups = make_groups(self.all_pieces, self.n_subnets, timeout)
-        # All that have a piece begin with its first holder's; under backward masking all have all pieces.
-        # (The rank of subnet s's first worker is s)
-        for piece in self.all_pieces:
-            if piece.param is not None:
-                group = dist.group.WORLD if backward else self.groups[piece.holders]
-                dist.broadcast(piece.param.detach(), src=piece.holders[0], group=group)
-
-    def count_workers(self, holders):
-        """|H_j|: W/S workers train each subnet."""
-        return len(holders) * self.world // self.n_subnets
-
-    @torch.no_grad()
-    def finish(self):
-        """Makes every piece's gradient the average over the workers that hold it, after the backward pass."""
-        for local in self.pieces_in:
-            self._take_gradient(local)
-        for holders, group in self.groups.items():          # in the same order on all workers
-            pieces = [piece for piece in self.pieces if piece.holders == holders]
-            if pieces:                                      # this worker is one of the holders
-                message = torch.cat([piece.param.grad for piece in pieces])
-                message /= self.count_workers(holders)      # 1/|H_j| * g_ij
-                dist.all_reduce(message, group=group)       # sum over i in H_j
-                deal_out(message, pieces)
-
-    def _take_gradient(self, local):
-        """Moves the gradient of a parameter to its pieces.
-
-        No copy: autograd gives a gradient its parameter's strides, so it lies neuron by neuron too.  (See
-        "Default gradient layouts" in the documentation of torch.autograd.  If not, `flat` copies.)  The
-        parameter's own .grad is None then, or the numbers would be there twice.
-        """
-        p = self.params[local]
-        if not p.requires_grad:
-            raise RuntimeError(f"{local} was frozen after it was wrapped, and others wait for its gradient: "
-                               f"leave its pieces out of the optimizer instead")
-        grad = torch.zeros_like(p) if p.grad is None else p.grad  # None: it took no part in this loss
-        deal_out(flat(grad, self.slots[local]), self.pieces_in[local])
-        p.grad = None
-
-    @torch.no_grad()
-    def refresh(self):
-        """Backward masking: brings new weights to those who have them frozen.  Forward masking: nothing."""
-        for piece in self.all_pieces:
-            if self.backward and len(piece.holders) < self.n_subnets:  # some subnet has it frozen
-                dist.broadcast(piece.param.detach(), src=piece.holders[0])
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -526,6 +289,248 @@ def put(module, name, parameter):
 
 
 # -----------------------------------------------------------------------------------------------------------
+# All workers in one process: the clearest statement of the method, and what the tests compare with
+# -----------------------------------------------------------------------------------------------------------
+
+class Simulation:
+    """All workers, one after another, on full parameters.
+
+    modules: the S subnetworks, on the meta device: they have shapes, but no weights.  n_workers: S by
+    default.  value(full name) -> the full parameter's first value.  Backward masking needs no refresh here:
+    frozen weights are cut anew in each pass.  Raises ValueError if S does not divide the number of workers.
+    """
+
+    def __init__(self, modules, masks, layout, value, n_workers=None, device="cpu"):
+        self.n_subnets = len(modules)
+        self.world = n_workers or self.n_subnets
+        check_workers(self.world, self.n_subnets)
+        self.workers = list(range(self.world))
+        self.device = torch.device(device)
+        self.masks = masks
+        self.layout = layout
+        self.modules = modules
+        self.slots = [find_slots(module, masks, layout, subnet) for subnet, module in enumerate(modules)]
+        self.full = {name: nn.Parameter(value(name).to(device, copy=True)) for name in layout}
+
+    def forward(self, worker, *inputs):
+        """Forward pass of one worker, with weights that are cut from the full ones.
+
+        Autograd knows how they were cut.  So the backward pass pastes their gradients back, and adds up those
+        of all workers in the full parameter's .grad.
+        """
+        subnet = worker % self.n_subnets
+        weights = {}
+        for local, slot in self.slots[subnet].items():
+            p = self.full[slot.name]
+            weights[local] = cut(p if slot.trains else p.detach(), slot)
+        return functional_call(self.modules[subnet], weights, inputs)  # runs the module with these weights
+
+    @torch.no_grad()
+    def finish(self):
+        """Each gradient is now a sum over the workers that hold the parameter.  Makes it their mean."""
+        for name, p in self.full.items():
+            branch, dim, shape = self.layout[name]
+            if branch is None:
+                count = torch.tensor(self.n_subnets)        # of subnets that hold each entry
+            elif dim is None:
+                count = self.masks[branch].any(0).sum()
+            else:
+                # Each neuron's number of holders, for each of its rows, shaped to lie along dim
+                count = self.masks[branch].sum(1).repeat_interleave(shape[dim] // len(self.masks[branch]))
+                count = count.view([-1 if d == dim else 1 for d in range(len(shape))])
+            total = torch.zeros_like(p) if p.grad is None else p.grad  # sum of g_ij
+            # Not in place: two parameters' .grad may be one tensor, as autograd makes it for a + b
+            p.grad = total / (count * (self.world // self.n_subnets)).to(self.device)  # 1/|H_j| * sum
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Real workers: one process and one subnetwork each
+# -----------------------------------------------------------------------------------------------------------
+
+class Piece(NamedTuple):
+    """What one holder set has of one parameter, and where it is in this process.
+
+    All its holders have the same bits.  name: of the full parameter; local: the name of this process's
+    parameter that has the piece, trained or frozen, or None if it is not here.
+    """
+    name: str
+    holders: tuple                  # subnets
+    numel: int
+    local: str | None
+    param: nn.Parameter | None      # [numel], a view of `local`; if it trains, the optimizer steps on it
+
+
+def flat(tensor, slot):
+    """A parameter's or gradient's numbers, neuron by neuron: 1-D, a view if they lie so, else a copy."""
+    return tensor.movedim(slot.dim or 0, 0).reshape(-1)     # None: the parameter is whole
+
+
+def pieces_of(masks, layout):
+    """All pieces of the full model in forward order: (full name, holders, numel).  The same on all ranks.
+
+    In a parameter they are in the order of `holder_sets`, by which `find_slots` has sorted the neurons.
+    """
+    sets, which = holder_sets(masks)
+    everyone = tuple(range(count_subnets(masks)))
+    for name, (branch, dim, shape) in layout.items():
+        numel = torch.Size(shape).numel()
+        if branch is None:
+            yield name, everyone, numel
+        elif dim is None:
+            yield name, branch_holders(masks[branch]), numel
+        else:
+            neurons = which[branch].bincount(minlength=len(sets)).tolist()
+            for holders, n in zip(sets, neurons):
+                if n:
+                    yield name, holders, numel // len(masks[branch]) * n
+
+
+def find_pieces(params, slots, masks, layout, subnet):
+    """All pieces of the full model in forward order, with their place in this process's module.
+
+    params: its parameters by local name; slots: theirs.  Lays each parameter out neuron by neuron: shapes and
+    values stay, the strides change.  Under backward masking a full parameter is split between two parameters
+    here, the one that trains and the one in `rest`.  Each piece takes the next `numel` numbers of one of
+    them, as `pieces_of` and `find_slots` have the holder sets in the same order.
+    """
+    here = {}                                               # (full name, trains) -> local, numbers not taken
+    for local, slot in slots.items():
+        p = params[local]
+        dim = slot.dim or 0                                 # this dimension goes outermost in memory:
+        p.data = p.data.movedim(dim, 0).contiguous().movedim(0, dim)
+        # A view: what the optimizer writes there, the module has.  (Of p.data, autograd would not see it)
+        here[slot.name, slot.trains] = local, flat(p.detach(), slot)
+    out = []
+    for name, holders, numel in pieces_of(masks, layout):
+        trains = subnet in holders
+        local, numbers = here.get((name, trains), (None, None))
+        param = None                                        # forward masking: frozen neurons are not here
+        if local is not None:
+            param = nn.Parameter(numbers[:numel], requires_grad=trains)
+            here[name, trains] = local, numbers[numel:]
+        out.append(Piece(name, holders, numel, local, param))
+    return out
+
+
+def make_groups(all_pieces, n_subnets, timeout):
+    """{holders: ProcessGroup of the workers that train these subnets}, in the order of the messages.
+
+    The order matters: workers 0 and 1 may share the groups (0, 1) and (0, 1, 2).  If worker 0 began with the
+    one and worker 1 with the other, both would wait for ever.  So all workers go through this dict in its
+    order, which is the same everywhere, and leave out what is not for them.  Collective: to make a group, all
+    ranks must call new_group, and those outside get a mere placeholder.
+    """
+    world = dist.get_world_size()
+    groups = {}
+    for piece in all_pieces:
+        if piece.holders not in groups:
+            workers = [rank for rank in range(world) if rank % n_subnets in piece.holders]
+            whole = len(workers) == world
+            # WORLD: the group of all ranks, which is there already
+            groups[piece.holders] = dist.group.WORLD if whole else dist.new_group(workers, timeout=timeout)
+    return groups
+
+
+def deal_out(gradients, pieces):
+    """Makes each piece's part of a 1-D tensor its gradient: views, no copies."""
+    for piece, part in zip(pieces, gradients.split([piece.numel for piece in pieces])):
+        piece.param.grad = part
+
+
+class MaskedAllReduce:
+    """The method on real workers in its plain form: after the backward pass, one message for each holder set.
+
+        sync = MaskedAllReduce(module, masks, layout)
+        optimizer = torch.optim.AdamW([piece.param for piece in sync.pieces])  # views of the module's weights
+
+        loss.backward()
+        sync.finish()                                # piece.param.grad is now the average over the holders
+        optimizer.step()
+        optimizer.zero_grad()
+        sync.refresh()                               # backward masking: new weights for frozen neurons
+
+    module: this process's subnetwork, number rank mod S, as `materialize` makes it.  As in DDP, all workers
+        begin with the weights of the first holder, and the module must not be moved or converted later.
+    backward: is it backward masking?
+    timeout: a timedelta, for the process groups that are made here.
+    pieces: what this worker trains.  all_pieces: those of the full model, whether they are here or not.
+
+    masks, layout and backward must be the same on every rank, or the ranks wait for ever.  The loss must be
+    the mean over this worker's batch.  Parameters in no loss get zeros.  Call no collective of your own
+    between backward() and the end of finish(): it could meet another rank's gradients.  Raises ValueError for
+    what SDP would train wrongly.
+    """
+
+    def __init__(self, module, masks, layout, backward=False, timeout=None):
+        self.module = module
+        self.masks = masks
+        self.layout = layout
+        self.backward = backward
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
+        self.n_subnets = count_subnets(masks)
+        check_workers(self.world, self.n_subnets)
+        self.subnet = self.rank % self.n_subnets
+        self.slots = find_slots(module, masks, layout, self.subnet)
+        self.params = dict(module.named_parameters())
+        self.device = next(module.parameters()).device
+        self.dtype = next(module.parameters()).dtype
+        check_wrap(module, self.slots)
+        self.all_pieces = find_pieces(self.params, self.slots, masks, layout, self.subnet)
+        check_pieces(self.all_pieces, self.n_subnets, self.subnet, backward)
+        self.pieces = [piece for piece in self.all_pieces if self.subnet in piece.holders]
+        self.pieces_in = {}                                 # trained parameter -> its pieces, in order
+        for piece in self.pieces:
+            self.pieces_in.setdefault(piece.local, []).append(piece)
+        self.groups = make_groups(self.all_pieces, self.n_subnets, timeout)
+        # All workers that have a piece begin with the weights of its first holder.  Under backward masking
+        # all workers have all pieces.  (The first worker of subnet s has rank s)
+        for piece in self.all_pieces:
+            if piece.param is not None:
+                group = dist.group.WORLD if backward else self.groups[piece.holders]
+                dist.broadcast(piece.param.detach(), src=piece.holders[0], group=group)
+
+    def count_workers(self, holders):
+        """|H_j|: W/S workers train each subnet."""
+        return len(holders) * self.world // self.n_subnets
+
+    @torch.no_grad()
+    def finish(self):
+        """Makes every piece's gradient the average over the workers that hold it, after the backward pass."""
+        for local in self.pieces_in:
+            self._take_gradient(local)
+        for holders, group in self.groups.items():          # in the same order on all workers
+            pieces = [piece for piece in self.pieces if piece.holders == holders]
+            if pieces:                                      # this worker is one of the holders
+                message = torch.cat([piece.param.grad for piece in pieces])
+                message /= self.count_workers(holders)      # 1/|H_j| * g_ij
+                dist.all_reduce(message, group=group)       # sum over i in H_j
+                deal_out(message, pieces)
+
+    def _take_gradient(self, local):
+        """Moves the gradient of a parameter to its pieces.
+
+        No copy: autograd gives a gradient its parameter's strides, so it lies neuron by neuron too.  (See
+        "Default gradient layouts" in the documentation of torch.autograd.  If not, `flat` copies.)  Then the
+        parameter's own .grad is None: the next backward pass would add to it, and it would take memory.
+        """
+        p = self.params[local]
+        if not p.requires_grad:
+            raise RuntimeError(f"{local} was frozen after it was wrapped, and others wait for its gradient: "
+                               f"leave its pieces out of the optimizer instead")
+        grad = torch.zeros_like(p) if p.grad is None else p.grad  # None: in no loss of this update
+        deal_out(flat(grad, self.slots[local]), self.pieces_in[local])
+        p.grad = None
+
+    @torch.no_grad()
+    def refresh(self):
+        """Backward masking: brings new weights to those who have them frozen.  Forward masking: nothing."""
+        for piece in self.all_pieces:
+            if self.backward and len(piece.holders) < self.n_subnets:  # some subnet has it frozen
+                dist.broadcast(piece.param.detach(), src=piece.holders[0])
+
+
+# -----------------------------------------------------------------------------------------------------------
 # The same, with little waiting and few bytes.  This is what train.py uses
 # -----------------------------------------------------------------------------------------------------------
 
@@ -550,7 +555,7 @@ class SubnetDataParallel(MaskedAllReduce):
     The optimizer steps on pieces (module.parameters() get no gradients).  They are 1-D, so it must treat each
     number by itself, as SGD and Adam do and Adafactor does not.  Weight decay for matrices alone goes by the
     shape in the layout: see `adamw` in train.py.  Use float32 weights, with autocast for bfloat16.  Do not
-    use torch.amp.GradScaler: it skips updates rank by rank, and the replicas part.  On a GPU, call all
+    use torch.amp.GradScaler: it skips an update on some ranks alone, and replicas differ.  On a GPU, call all
     methods and the module on one stream: the memory of messages belongs to it.
     """
 
@@ -561,16 +566,12 @@ class SubnetDataParallel(MaskedAllReduce):
         self.workers = [self.rank]                          # of this process; a Simulation has all
         self.wire_dtype = reduce_dtype or self.dtype        # of gradients in messages
         self.bucket_bytes = bucket_bytes
-        self.buckets = []
-        for holders, pieces in self._plan_buckets():
-            share = torch.tensor(1 / self.count_workers(holders), dtype=self.dtype, device=self.device)
-            self.buckets.append(Bucket(holders, pieces, share))
+        self.buckets = self._plan_buckets()
         self.shares = torch.stack([bucket.share for bucket in self.buckets]).double()
         # dynamic: compiled once, not once for each bucket's length
         self._pack = torch.compile(pack, dynamic=True) if compile else pack
         self._unpack = torch.compile(unpack, dynamic=True) if compile else unpack
-        # It brings the weights that are frozen here.  Under forward masking there are none
-        self.refresher = Refresher(self, self.all_pieces if backward else [])
+        self.refresher = Refresher(self)                    # brings the weights that are frozen here
         self._stale = False                                 # frozen weights wait for refresh()
         self._synchronise = True
         self._restart()
@@ -579,7 +580,7 @@ class SubnetDataParallel(MaskedAllReduce):
         self._hooks += self.refresher.hook(self)
 
     def _plan_buckets(self):
-        """This worker's buckets, (holders, pieces), in the order of sending.
+        """This worker's buckets, in the order of sending.
 
         Go through the pieces in forward order, with one open bucket for each holder set.  When one is full,
         begin new ones of all sets: one that stayed open for many layers could leave only when the backward
@@ -587,28 +588,30 @@ class SubnetDataParallel(MaskedAllReduce):
         A1 and B1 of the sets A and B, and so on: the buckets are [A1 A2] [B1], then [B2 B3] [A3], and so on.
         The backward pass comes to the pieces in the opposite order, so the list is reversed.
 
-        All workers make the same list, and each leaves out what is not for it.  So nobody waits for ever: the
-        holders of the first message that is not done have done all before it, so they send this one next.
+        All workers make the same list, and each leaves out what is not for it.  So nobody waits for ever:
+        take the first message in the list that is not done.  Its holders are done with all messages before
+        it, so this is the next one for each of them, and it goes through.
         """
         buckets = []                                        # of all workers
-        opened = {}
-        filled = Counter()                                  # bytes in each open bucket
+        opened = {}                                         # holders -> open bucket
+        filled = Counter()                                  # holders -> bytes in it
         for piece in self.all_pieces:
-            if filled and max(filled.values()) >= self.bucket_bytes:
+            holders = piece.holders
+            if holders not in opened:
+                share = torch.tensor(1 / self.count_workers(holders), dtype=self.dtype, device=self.device)
+                opened[holders] = Bucket(holders, [], share)
+                buckets.append(opened[holders])
+            opened[holders].pieces.append(piece)
+            filled[holders] += piece.numel * self.dtype.itemsize
+            if filled[holders] >= self.bucket_bytes:        # full: begin new ones of all sets
                 opened = {}
                 filled = Counter()
-            filled[piece.holders] += piece.numel * self.dtype.itemsize
-            if piece.holders not in opened:
-                opened[piece.holders] = []
-                buckets.append((piece.holders, opened[piece.holders]))
-            opened[piece.holders].append(piece)
-        return [(holders, pieces) for holders, pieces in reversed(buckets) if self.subnet in holders]
+        return [bucket for bucket in reversed(buckets) if self.subnet in bucket.holders]
 
     def _restart(self):
         self.squares = []                                   # sum of squares of each message that has arrived
         self._taken = set()                                 # parameters whose gradient is complete
-        self._next = 0                                      # the next bucket to send
-        self._flying = []                                   # messages under way
+        self._flying = []                                   # messages under way: of the first buckets
 
     def forward(self, worker, *inputs):
         """Forward pass of worker `worker`, which is this process's."""
@@ -633,7 +636,7 @@ class SubnetDataParallel(MaskedAllReduce):
             raise RuntimeError("a second backward pass before finish(): put all but the last under no_sync()")
         self._taken.add(local)
         self._take_gradient(local)
-        for bucket in self.buckets[self._next:]:
+        for bucket in self.buckets[len(self._flying):]:     # those that have not left
             if not all(piece.local in self._taken for piece in bucket.pieces):
                 break                                       # or a later one would overtake
             # cat copies even a single piece.  It must: the copy is scaled in place, and p.grad's memory may
@@ -644,16 +647,15 @@ class SubnetDataParallel(MaskedAllReduce):
             for piece in bucket.pieces:
                 piece.param.grad = None                     # it is in the message: free its memory
             self._flying.append((work, message, bucket))
-            self._next += 1
 
     @torch.no_grad()
     def finish(self):
-        """As MaskedAllReduce.  RuntimeError if the forward pass did not wait for the refreshed weights."""
+        """As in MaskedAllReduce.  Raises RuntimeError where the update would be wrong: see _check_finish."""
         untouched = [local for local in self.pieces_in if local not in self._taken]
         self._check_finish(untouched)
         self.arrive()                                       # weights of branches that did not run
         self._stale = bool(self.refresher.exchanges)
-        for local in untouched:                             # no gradient came: zeros, as others wait for them
+        for local in untouched:                             # no new gradient, but others wait for theirs
             self._ready(local)
         flying = self._flying
         self._restart()                                     # now this update's squares can be collected
@@ -698,17 +700,17 @@ class SubnetDataParallel(MaskedAllReduce):
 
     @torch.no_grad()
     def refresh(self):
-        """Backward masking: asks for the weights that were updated elsewhere.  Forward masking: nothing.
+        """Backward masking: begins to send and receive updated weights.  Forward masking: nothing.
 
         Each branch waits for its own in the next forward pass, and the module's (load_)state_dict() for all.
         Call arrive() before you read or write frozen weights in any other way.
         """
         self._stale = False
         self.squares = []                                   # they are of an old update now
-        self.refresher.ask()
+        self.refresher.begin()
 
     def arrive(self):
-        """Waits until all weights that refresh() asked for are here."""
+        """Waits until all weights that refresh() has begun to receive are here."""
         self.refresher.arrive()
 
     def part_of(self, full, piece):
@@ -776,8 +778,9 @@ class SubnetDataParallel(MaskedAllReduce):
     def reset(self):
         """Drops an update, so that you can go on after an exception in the backward pass.  Collective.
 
-        The ranks may have come to different points of it, and what one has sent, all others wait for.  All
-        ranks must drop the same update: if one alone fails, the others must get to know, or must end.
+        Some ranks may have sent more of its messages than others, and a message needs all its holders.  So
+        each rank sends the rest now.  All ranks must call it in the same update: if only one has failed, tell
+        the others, or end them.
         """
         self._synchronise = True                            # inside no_sync() too
         for local in self.pieces_in:
@@ -828,19 +831,18 @@ class Exchange(NamedTuple):
 class Refresher:
     """Brings new weights to those who have them frozen, in messages as large as the buckets.
 
-    sync: the MaskedAllReduce it works for.  all_pieces: of the full model; [] where nothing is frozen.
-    sent: how many numbers this worker sends in an update.
+    sync: the SubnetDataParallel it works for.  sent: how many numbers this worker sends in an update.
 
     Workers 0 to S-1 are a team, S to 2S-1 the next, and so on: a team has all subnets, and refreshes itself.
     So on a host with S devices these weights never leave the host.
     """
 
-    def __init__(self, sync, all_pieces):
+    def __init__(self, sync):
         team = sync.rank - sync.subnet                      # its first worker
         limit = sync.bucket_bytes / sync.dtype.itemsize     # numbers, per worker
         self.exchanges = []                                 # in forward order
         size = 0                                            # of the last exchange
-        for piece, sender, receiver in plan_refresh(sync, all_pieces):
+        for piece, sender, receiver in plan_refresh(sync):
             if not self.exchanges or size >= limit:
                 size = 0
                 sends = [[] for _ in range(sync.world)]
@@ -857,7 +859,7 @@ class Refresher:
         self._coming = []                                   # exchanges under way
         self._unawaited = set()                             # branches that did not wait for their weights yet
 
-    def ask(self):
+    def begin(self):
         """Begins all exchanges."""
         self.arrive()
         self._unawaited.update(*(exchange.branches for exchange in self.exchanges))
@@ -902,7 +904,8 @@ class Refresher:
                 # The innermost module around the branch is what all paths begin with:
                 # layers.3.mlp.up, layers.3.rest.mlp.up, layers.3.norm -> layers.3
                 common = os.path.commonprefix(paths)        # (of lists of names)
-                common = takewhile("rest".__ne__, common)   # `rest` may never be called as a module
+                if "rest" in common:                        # it may never be called as a module
+                    common = common[:common.index("rest")]
                 module = sync.module.get_submodule(".".join(common))
                 hooks.append(module.register_forward_pre_hook(partial(self._branch_waits, branch, left)))
         return hooks
@@ -915,13 +918,14 @@ class Refresher:
                                f"never called as one; call arrive() before the forward pass")
 
 
-def plan_refresh(sync, all_pieces):
+def plan_refresh(sync):
     """Yields (piece, subnet that sends it, subnet that lacks it).  All subnets send about as much."""
+    pieces = sync.all_pieces if sync.backward else []       # forward masking: nothing is frozen
     load = Counter()                                        # numbers that each subnet sends, averaging too
-    for piece in all_pieces:
+    for piece in pieces:
         for subnet in piece.holders:
             load[subnet] += piece.numel * sync.ring_sends(piece.holders)
-    for piece, receiver in product(all_pieces, range(sync.n_subnets)):
+    for piece, receiver in product(pieces, range(sync.n_subnets)):
         if receiver not in piece.holders:
             sender = min(piece.holders, key=load.__getitem__)  # that with least to send so far
             load[sender] += piece.numel
@@ -938,7 +942,7 @@ def numels(tensors):
 
 @torch.no_grad()
 def stream(sync, full, batches):
-    """Runs the full model over `batches`, a list of inputs that it uses up, and yields the outputs.
+    """Runs the full model over `batches`, a list of inputs, and yields the outputs.  Overwrites the list.
 
     full: the full model, its parameters on the meta device, with `stages()`: [(path, module)], a chain.
     Only one stage has its weights in memory at a time, so evaluation never needs the full model on a
@@ -1098,21 +1102,23 @@ def picture(masks, branches):
 def balanced_sets(cost, size, n_subnets, held, seed):
     """Gives each of n items (blocks, say) a set of `held` subnets; at most `n_subnets` different sets.
 
-    cost [n, kinds], size [n] in neurons -> bool tensor [n, n_subnets].  Any would do.  These have a small
+    cost [n, kinds], size [n] in neurons -> bool tensor [n, n_subnets].  Any sets can be trained.  The search
+    looks for some that make this small:
 
         10 (components - 1)  +  largest load / mean  +  0.01 (mean square load)  -  0.02 (spectral gap)
 
-    The weights say what matters: connected first, then balance, then the gap.  The search begins four times,
-    each time with sets that follow one another round a ring, and makes random exchanges that do no harm.  At
-    most S sets, as each costs a process group.  All ranks find the same sets, as numbers are rounded before
-    they are compared.
+    The factors say what matters: connected first, then balance, then the gap.  The search begins four times,
+    each time with sets that follow one another round a ring.  It tries random exchanges and keeps those that
+    do not make the sum larger.  At most S sets, as each costs a process group.  All ranks find the same sets,
+    as sums are rounded before they are compared.
     """
     if not 1 <= held <= n_subnets:
         raise ValueError(f"held must be from 1 to {n_subnets} (the number of subnets), not {held}")
     if held == n_subnets:
         return torch.ones(len(cost), n_subnets, dtype=torch.bool)
     rng = np.random.default_rng(seed)
-    cost = cost / cost.sum(0) * n_subnets / held            # now a subnet's mean load is 1
+    total = cost.sum(0)
+    cost = cost / np.where(total, total, 1) * n_subnets / held  # now a subnet's mean load is 1
     # Items beyond the number of sets share one, in a bundle: dearest first, into the cheapest bundle
     bundles = min(len(cost), n_subnets)
     bundle = np.zeros(len(cost), int)                       # of each item
@@ -1193,9 +1199,8 @@ def check_place(local, name, frozen, masks, layout):
 def check_module(module, masks, layout, subnet, found):
     """Raises ValueError for what the module lacks, ties or keeps so that SDP would train it wrongly."""
     trained = {slot.name for slot in found.values() if slot.trains}
-    for name, (branch, _, _) in layout.items():
-        holds = branch is None or bool(masks[branch][:, subnet].any())
-        if holds and name not in trained:
+    for name, holders, _ in pieces_of(masks, layout):
+        if subnet in holders and name not in trained:
             raise ValueError(f"subnet {subnet} holds {name}, but the module does not have it (of tied "
                              f"parameters only the first name belongs into the layout, with branch None)")
     first_name = {p: local for local, p in module.named_parameters()}
@@ -1251,13 +1256,11 @@ def check_wrap(module, slots):
     if getattr(module, "is_wrapped", False):
         raise ValueError("the module is wrapped already: close() the first wrapper before the second")
     check_trains(module, slots)
-    params = dict(module.named_parameters())
-    first = next(iter(params.values()))
-    for local, slot in slots.items():
-        p = params[local]
+    first = next(module.parameters())
+    for local, p in module.named_parameters():
         if p.dtype != first.dtype or p.device != first.device:
             raise ValueError("all parameters must have one dtype and one device: they share messages")
-        if p.requires_grad and not slot.trains:
+        if p.requires_grad and not slots[local].trains:
             raise ValueError(f"{local} has requires_grad=True, but it is frozen here: use materialize()")
     # Overlapping groups communicate at the same time, each on a stream of its own.  That is safe if the GPU
     # begins their kernels in the order in which the host issued them, which NCCL promises from 2.26 on, if

@@ -43,6 +43,14 @@ def test_with_the_ends_on_all_the_blocks_between_are_dealt_as_evenly_as_can_be(l
     assert loads(masks, branches).max() < 1.01              # of the mean worker
 
 
+def test_a_kind_of_cost_that_is_nowhere_does_not_stop_the_balancing():
+    costs = {str(b): (b, 1, 1.0 + 9 * (b % 2)) for b in range(8)}    # cheap and dear blocks in turn
+    with_zero = {name: (*branch, 0.0) for name, branch in costs.items()}
+    masks = sdp.block_masks(with_zero, 4, 2)
+    assert sdp.check_masks(masks, with_zero) == []                   # connected
+    assert loads(masks, costs).max() == pytest.approx(1)
+
+
 def test_neuron_masks_balance_branches_smaller_than_the_number_of_subnets():
     branches = llama.branches(llama.LlamaConfig(num_hidden_layers=6, num_key_value_heads=2))
     for held in range(1, 9):
