@@ -1,7 +1,13 @@
 """
-Data sets, each as `batch(split, step, worker, workers)`: a pure function of its arguments and the seed, so a
-run that was resumed gets the batches of one that was not.  Each also has `val_count`, the number of sequences
-or images to validate on, `validation`, where they are from, and `digest`, a fingerprint of its contents.
+Data sets.  train.py needs of each:
+
+    batch(split, step, worker, workers)  inputs and targets, by these arguments, the data and the seed alone:
+                                         a resumed run gets the batches of an uninterrupted one
+    batch_size, unit                     examples in a worker's batch; "tokens" or "images"
+    vocab_size or num_classes            what the model must have
+    val_count, validation                how many sequences or images validate, and where they are from
+    digest                               a fingerprint of the contents
+
 First tokens, then images, then fetching and tokenising:
 
     python data.py fineweb --shards 10                     fetch FineWeb, tokenised with GPT-2's vocabulary
@@ -39,7 +45,7 @@ MAGIC, VERSION, HEADER = 20240520, 1, 256 * 4              # HEADER in bytes
 GPT2 = 50257                                               # size of GPT-2's vocabulary
 MOST_TOKENS = 2**31 - 1                                    # of one shard: its header counts with an int32
 FOLDER = Path("datasets")                                  # where fetched and tokenised files go
-VAL_SEQUENCES = 256                                        # validation reads so many, always the same ones
+VAL_SEQUENCES = 256                                        # at most so many validate, always the same ones
 PIECE = 2**20                                              # text is read in pieces of this size
 MOST_BYTES = 250_000_000                                   # of one fetched shard; FineWeb's have 200 MB
 
@@ -76,7 +82,7 @@ def write_bin(path, tokens, vocab_size):
 
 def read_bin(path):
     """-> (tokens: uint16 [count], mapped into memory; vocabulary size).  Raises UserError for other files."""
-    if not Path(path).is_file():                           # to open a pipe would wait for ever
+    if not Path(path).is_file():                           # a pipe would wait for ever
         raise UserError(f"{path} is no file")
     header = np.fromfile(path, np.int32, 256)
     if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION or not 0 <= header[3] <= 65536:
@@ -148,7 +154,8 @@ def load_text(name, batch_size, seq_len, seed):
         return Tokens(stdlib_splits(), 256, batch_size, seq_len, seed, "a tenth of the library's files")
     pattern = str(FOLDER / "fineweb_train_*.bin") if name == "fineweb" else name
     if not pattern.endswith(".bin"):
-        raise UserError(f"unknown --data {name}: use stdlib, fineweb, a .bin token file, {', '.join(IMAGES)}")
+        raise UserError(f"unknown --data {name}: use stdlib, fineweb, a .bin token file, "
+                        f"{', '.join(IMAGE_SETS)}")
     paths = [Path(path) for path in sorted(glob.glob(pattern))]
     if Path(pattern).exists():                             # not a pattern, even if its name looks like one
         paths = [Path(pattern)]
@@ -178,7 +185,7 @@ def load_text(name, batch_size, seq_len, seed):
 # Images --------------------------------------------------------------------------------------------------
 
 # name -> (number of classes, mean and standard deviation of red, green, blue, for values from 0 to 1)
-IMAGES = {
+IMAGE_SETS = {
     "cifar10": (10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": (100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "shapes": (10, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
@@ -195,7 +202,7 @@ class Images:
     unit = "images"
 
     def __post_init__(self):
-        self.num_classes, mean, std = IMAGES[self.name]
+        self.num_classes, mean, std = IMAGE_SETS[self.name]
         self.mean = torch.tensor(mean).view(3, 1, 1)
         self.std = torch.tensor(std).view(3, 1, 1)
         self.val_count = len(self.splits["val"][1])
@@ -205,15 +212,15 @@ class Images:
     def batch(self, split, step, worker, workers):
         """-> images float [B, 3, 32, 32], labels int64 [B].
 
-        train: the workers walk through a permutation of all images together, then through another one; random
-        shift and mirror image.  val: this worker's share, at the end fewer.
+        train: all workers together go through all images in a random order, then in another one; each image
+        is shifted at random, and mirrored or not.  val: this worker's share, at the end fewer images or none.
         """
         images, labels = self.splits[split]
         place = (step * workers + worker) * self.batch_size + torch.arange(self.batch_size)
         if split == "val":
             which = place[place < len(labels)]
         else:
-            epochs = (place // len(labels)).unique().tolist()        # at an epoch's end also the next
+            epochs = (place // len(labels)).unique().tolist()        # several, where one ends in this batch
             seeds = [seeded(self.seed, "epoch", epoch) for epoch in epochs]
             order = torch.cat([torch.randperm(len(labels), generator=rng) for rng in seeds])
             which = order[place - epochs[0] * len(labels)]
@@ -285,7 +292,7 @@ def shapes(count, rng):
 
 def load(name, batch_size, seq_len, seed):
     """The data set of --data: text (see load_text) or images (cifar10, cifar100, shapes)."""
-    if name not in IMAGES:
+    if name not in IMAGE_SETS:
         return load_text(name, batch_size, seq_len, seed)
     if name == "shapes":
         splits = {"train": shapes(10000, seeded(name, "train")), "val": shapes(2000, seeded(name, "val"))}
@@ -298,7 +305,7 @@ def load(name, batch_size, seq_len, seed):
 
 @contextlib.contextmanager
 def time_limit(seconds, what):
-    """Ends the block after so many seconds, whatever it waits for: a name, a header, a byte now and then."""
+    """Stops the block after so many seconds, whatever it waits for: a host's address, a header, a byte."""
     def stop(*_):
         raise UserError(f"{what} took more than {seconds} seconds: try again when the network is better")
 
@@ -445,8 +452,7 @@ def main():
     parser = Parser(description="Fetch or tokenise training text ahead of time.")
     commands = parser.add_subparsers(dest="command", required=True)
     fineweb = commands.add_parser("fineweb", help="fetch FineWeb, tokenised with GPT-2's vocabulary")
-    fineweb.add_argument("--shards", type=int, choices=range(1, 104), default=1, metavar="N",
-                         help="training shards, 1 to 103 [%(default)s]")
+    fineweb.add_argument("--shards", type=int, default=1, help="training shards, 1 to 103 [%(default)s]")
     text = commands.add_parser("text", help="tokenise text files")
     text.add_argument("files", nargs="+", metavar="FILE")
     text.add_argument("--out", type=os.path.expanduser, default=str(FOLDER / "text"),
@@ -455,8 +461,10 @@ def main():
     args = parser.parse_args()
     if args.command == "text":
         tokenise(args.files, args.out, 256 if args.encoding == "bytes" else GPT2)
-    else:
+    elif 1 <= args.shards <= 103:
         fetch_fineweb(args.shards)
+    else:
+        raise UserError(f"--shards must be from 1 to 103, not {args.shards}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 
@@ -43,7 +42,8 @@ class LlamaConfig:
         return self.num_attention_heads // self.num_key_value_heads
 
 
-# The paper gives the parameter counts of its models but not their shapes; these shapes are ours.
+# The paper gives the parameter counts of its models but not their shapes; these shapes are ours.  In order:
+# vocab_size, hidden_size, intermediate_size, layers, heads, KV heads, max_position_embeddings
 PRESETS = {
     "llama-tiny": LlamaConfig(),
     "llama-134m": LlamaConfig(32000, 768, 2048, 12, 12, 12, 2048),
@@ -99,7 +99,7 @@ def init(c, name, tensor, generator):
     """Fills one full parameter in place: norms with 1, the rest at random (GPT-2's rule)."""
     if "norm" in name:
         tensor.fill_(1.0)
-    elif "o_proj" in name or "down_proj" in name:                    # small, as 2 branches a layer add to x
+    elif "o_proj" in name or "down_proj" in name:                    # small: 2 branches per layer add to x
         tensor.normal_(0.0, 0.02 / (2 * c.num_hidden_layers) ** 0.5, generator=generator)
     else:
         tensor.normal_(0.0, 0.02, generator=generator)
@@ -162,6 +162,7 @@ class Layer(nn.Module):
 
     n_held, n_rest: numbers of (KV heads, hidden units).  The held neurons train.  Under backward masking the
     layer also runs all the others: the child `rest` has them, sdp.py freezes them, f is held(x) + rest(x).
+    At first, read this for forward masking, where n_rest is (0, 0).
     """
 
     def __init__(self, c, n_held, n_rest, scales):
@@ -175,11 +176,11 @@ class Layer(nn.Module):
         self.self_attn = Attention(c, heads) if heads else None
         self.post_attention_layernorm = norm() if units + rest_units else None
         self.mlp = MLP(c, units) if units else None
-        self.rest = nn.Module()
+        self.rest = nn.Module()                                      # frozen neurons of both branches, if any
         self.rest.self_attn = Attention(c, rest_heads) if rest_heads else None
         self.rest.mlp = MLP(c, rest_units) if rest_units else None
 
-    def forward(self, x, rope=None):                                 # None: evaluation runs layers one by one
+    def forward(self, x, rope=None):                                 # None: in evaluation, see `stages`
         if self.input_layernorm:
             normed = self.input_layernorm(x)
             rope = rope or rope_table(x.shape[1], self.config, x.device)
@@ -223,7 +224,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
     def stages(self):
-        """-> [(path, module)], a chain.  Evaluation has the weights of one at a time in memory."""
+        """-> [(path, module)], a chain, for evaluation: it has the weights of one at a time in memory."""
         layers = [f"model.layers.{i}" for i in range(self.config.num_hidden_layers)]
         paths = ["model.embed_tokens", *layers, "model.norm", "lm_head"]
         return [(path, self.get_submodule(path)) for path in paths]
@@ -242,7 +243,7 @@ class Llama(nn.Module):
             return self.lm_head(x)
         if targets.numel() * self.config.vocab_size <= MAX_LOGITS:
             return loss(self.lm_head(x), targets)
-        return loss_in_parts(x.flatten(0, 1), targets.flatten(), self.lm_head)
+        return loss_in_parts(x.flatten(0, 1), targets.flatten(), self.lm_head.weight)
 
     @torch.no_grad()
     def generate(self, tokens, count, temperature=0.8, generator=None):
@@ -259,20 +260,18 @@ def loss(logits, targets):
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
-def loss_in_parts(x, targets, head):
-    """The loss of head(x), with x the last norm's output [N, d] and targets [N].
+def loss_in_parts(x, targets, weight):
+    """The loss of the logits F.linear(x, weight), with x the last norm's output [N, d] and targets [N].
 
     Logits are by far the largest tensor, and the loss would hold three: them, their softmax, their gradient.
-    So only those of some tokens are alive at a time, and computed again in the backward pass.
+    So only those of some tokens are alive at a time, and they are computed again in the backward pass.
     """
     total = 0.0
-    at_once = MAX_LOGITS // head.out_features
+    at_once = MAX_LOGITS // len(weight)
     for xs, ys in zip(x.split(at_once), targets.split(at_once)):
-        total += checkpoint(summed_loss, xs, ys, head, head.weight, use_reentrant=False)
+        total += checkpoint(summed_loss, xs, ys, weight, use_reentrant=False)
     return total / len(targets)
 
 
-def summed_loss(x, targets, head, weight):
-    """The weight is an argument, as sdp.Simulation lends a module its weights for the forward pass alone, and
-    the backward pass runs this again.  (You can skip this at first.)"""
-    return loss(functional_call(head, {"weight": weight}, x), targets) * len(targets)
+def summed_loss(x, targets, weight):
+    return loss(F.linear(x, weight), targets) * len(targets)

@@ -22,8 +22,8 @@ class ResNetConfig:
     """Sizes of the full model."""
     num_classes: int = 10
     stem: str = "cifar"             # 3x3 convolution; "imagenet": 7x7 with stride 2, and max-pooling
-    widths: tuple = (64, 128, 256, 512)     # channels of the four stages
-    blocks_per_stage: int = 2
+    widths: tuple = (64, 128, 256, 512)     # channels of layer1 to layer4
+    blocks_per_layer: int = 2
 
 
 PRESETS = {"resnet18": ResNetConfig()}
@@ -35,10 +35,10 @@ def blocks(c):
     """Module path -> (channels in, channels out, stride), in order."""
     out = {}
     channels = c.widths[0]
-    for stage, width in enumerate(c.widths):
-        for i in range(c.blocks_per_stage):
-            stride = 2 if stage and i == 0 else 1
-            out[f"layer{stage + 1}.{i}"] = channels, width, stride
+    for layer, width in enumerate(c.widths, 1):
+        for i in range(c.blocks_per_layer):
+            stride = 2 if layer > 1 and i == 0 else 1
+            out[f"layer{layer}.{i}"] = channels, width, stride
             channels = width
     return out
 
@@ -127,7 +127,6 @@ class Block(nn.Module):
             part.bn1 = norm(n) if n else None
             part.conv2 = nn.Conv2d(n, cout, 3, 1, 1, bias=False) if n else None
         self.bn2 = norm(cout) if held + rest else None
-        self.stride = stride
         self.downsample = None
         if stride > 1 or cin != cout:
             self.downsample = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), norm(cout))
@@ -141,11 +140,11 @@ class Block(nn.Module):
             total = self.conv2(h)
         if self.rest.conv1:
             rest = self.rest
-            h = FrozenConv.apply(x, rest.conv1.weight, self.stride)  # [B, rest, H / stride, H / stride]
+            h = FrozenConv.apply(x, rest.conv1.weight, rest.conv1.stride)  # [B, rest, H / stride, H / stride]
             # FrozenConv keeps no input.  So h is dropped, and computed again only for the ReLU's own gradient
             h = checkpoint(norm_and_relu, h, rest.bn1.weight, rest.bn1.bias,
                            use_reentrant=False, preserve_rng_state=False)
-            h = FrozenConv.apply(h, rest.conv2.weight, 1)
+            h = FrozenConv.apply(h, rest.conv2.weight, rest.conv2.stride)
             total = h if total is None else total + h
         shortcut = self.downsample(x) if self.downsample else x
         return F.relu(self.bn2(total) + shortcut, inplace=True)      # [B, C out, H / stride, H / stride]
@@ -172,11 +171,11 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if c.stem == "cifar" else nn.MaxPool2d(3, 2, 1)
         for path, (cin, cout, stride) in blocks(c).items():
-            stage, i = path.split(".")
+            layer, i = path.split(".")
             if i == "0":
-                self.add_module(stage, nn.Sequential())
+                self.add_module(layer, nn.Sequential())
             n = held[path] if held else cout
-            self.get_submodule(stage).append(Block(cin, cout, stride, n, cout - n if backward else 0, norm))
+            self.get_submodule(layer).append(Block(cin, cout, stride, n, cout - n if backward else 0, norm))
         self.avgpool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.Linear(c.widths[-1], c.num_classes)
 

@@ -6,9 +6,9 @@ Trains a LLaMA or a ResNet-18 with Subnetwork Data Parallelism.
     python train.py --subnets 8                               the same method, simulated in one process
     python train.py --resume --out-dir out --sample "def "    prints text from a checkpoint
 
-In reading order: flags; `train`, the whole run; from flags to workers.  The rest is the house around it,
-which you can leave out at first: what is printed, evaluation, checkpoints, and the processes.  `say` prints
-on rank 0, `on_rank_0` works there.
+In reading order: flags; `train`, the whole run; from flags to workers.  You can stop there at first.  Then
+come what is printed, evaluation, checkpoints, and the processes.  `say` prints on rank 0 alone, `on_rank_0`
+calls a function there.  SDP_TRACEBACK=1 in the environment shows where an error comes from.
 """
 
 import argparse
@@ -47,9 +47,9 @@ from data import UserError
 DISTRIBUTED = dist.is_torchelastic_launched() and "RANK" in os.environ  # by torchrun
 RANK = int(os.environ["RANK"]) if DISTRIBUTED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if DISTRIBUTED else 1
-STOP = False                        # somebody wants this machine back
-PATIENT = None                      # a process group of all ranks, in which rank 0 may take its time
-LOCK = None                         # rank 0 holds the out-dir
+STOP = False                        # a signal has told this process to stop
+PATIENT = None                      # a process group of all ranks, in which the others wait long for rank 0
+LOCK = None                         # a file that rank 0 has locked, so that no other run uses the out-dir
 
 # The flags whose default depends on the model, or on the data.  On two cores llama-tiny takes minutes, and so
 # does resnet18 on shapes.  (llama-134m has 134M parameters with a vocabulary of 32,000, and 85M with the 256
@@ -62,7 +62,7 @@ DEFAULTS = {
     "resnet18": dict(data="cifar10", steps=78000, batch_size=32, lr=0.1, eval_every=2000),
     "shapes": dict(steps=300, batch_size=16, lr=0.03, eval_every=100),
 }
-STATISTICS_IMAGES = 1024            # batch norm's statistics come from so many training images
+STATISTICS_IMAGES = 1024            # batch norm's statistics come from at least so many images
 
 
 def adamw(pieces, layout, lr):
@@ -79,9 +79,12 @@ def momentum(pieces, layout, lr):
     return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
-# Everything that differs between models of text and models of images.  size: the field of the config that the
-# data decides; moments: the optimizer's state of a weight; last_lr: where the schedule ends, as a part of the
-# peak; scales: forward masking scales the branches (for images not: a batch norm follows, and scales anyway)
+# Everything that differs between models of text and models of images:
+#     size        the field of the model's config that the data decides
+#     moments     the names of what the optimizer keeps for a weight
+#     max_norm    gradients are clipped to it
+#     last_lr     the last learning rate, as a part of the peak
+#     scales      does forward masking scale the branches?  (Not where a batch norm follows: it scales anyway)
 TEXT = SimpleNamespace(module=llama, Model=llama.Llama, size="vocab_size", optimizer=adamw,
                        moments=("exp_avg", "exp_avg_sq"), max_norm=1.0, last_lr=0.1, scales=True)
 IMAGES = SimpleNamespace(module=resnet, Model=resnet.ResNet, size="num_classes", optimizer=momentum,
@@ -136,8 +139,9 @@ def parse(argv):
     either.add_argument("--overwrite", action="store_true", help="delete the run in --out-dir first")
     p.add_argument("--sample", metavar="TEXT", help="with --resume: print a continuation of TEXT and stop")
     args = p.parse_args(argv)
-    if (args.compile or args.checkpoint_activations) and not DISTRIBUTED:
-        raise UserError("--compile and --checkpoint-activations need real workers: start with torchrun")
+    if (args.compile or args.checkpoint_activations or args.reduce_dtype == "bf16") and not DISTRIBUTED:
+        raise UserError("--reduce-dtype bf16, --compile and --checkpoint-activations need real workers: "
+                        "start with torchrun")
     return args
 
 
@@ -146,11 +150,11 @@ def coverage_to_held(text, n_subnets):
     if text is None:
         return math.ceil(3 * n_subnets / 4)
     top, _, bottom = text.partition("/")
-    with suppress(ValueError, ZeroDivisionError):
-        coverage = float(top) / float(bottom or 1)
-        for held in range(1, n_subnets + 1):
-            if abs(coverage * n_subnets - held) < 1e-3:              # 0.33 is not 1/3, but 0.3333 is
-                return held
+    with suppress(ValueError, ArithmeticError):                      # no numbers; 1/0 or infinity
+        exact = float(top) / float(bottom or 1) * n_subnets
+        held = round(exact)
+        if 1 <= held <= n_subnets and abs(exact - held) < 1e-3:      # 0.33 is not 1/3, but 0.3333 is
+            return held
     raise UserError(f"--coverage {text} is none of k/{n_subnets}, with k from 1 to {n_subnets}")
 
 
@@ -164,9 +168,10 @@ def settle(args, saved):
     for flag, value in {**DEFAULTS[args.model], **DEFAULTS.get(args.data, {})}.items():
         if getattr(args, flag, None) is None:
             setattr(args, flag, value)
-    if (args.model in resnet.PRESETS) != (args.data in data.IMAGES):
+    sees_images = FAMILIES[args.model].size == "num_classes"
+    if sees_images != (args.data in data.IMAGE_SETS):
         raise UserError(f"{args.model} cannot read --data {args.data}: resnet18 reads images "
-                        f"({', '.join(data.IMAGES)}), the others read text")
+                        f"({', '.join(data.IMAGE_SETS)}), the others read text")
     if args.model in llama.PRESETS and args.seq_len > llama.PRESETS[args.model].max_position_embeddings:
         raise UserError(f"--seq-len {args.seq_len} is longer than the context of {args.model}")
     if args.seed < 0 or not 0 < args.lr < 1e6:
@@ -177,13 +182,20 @@ def settle(args, saved):
     if DISTRIBUTED and WORLD % args.subnets:
         raise UserError(f"--subnets {args.subnets} does not divide the number of workers, {WORLD}")
     args.coverage = f"{coverage_to_held(args.coverage, args.subnets)}/{args.subnets}"
-    args.mask_seed = saved.get("mask_seed", args.seed)               # so a run keeps its masks
+    args.mask_seed = saved.get("mask_seed", args.seed)               # --resume keeps the masks of the run
 
 
 # -- The run ---------------------------------------------------------------------------------------
 
 def train(args, device):
-    """Set-up, loop, evaluations, checkpoints."""
+    """Set-up, loop, evaluations, checkpoints.
+
+    The method is in the middle of the loop, from `lr =` to `sync.refresh()`; you can skip the rest at first.
+    `sync` does what sdp.MaskedAllReduce does, and more: `workers`, those of this process; `forward(worker,
+    ...)`; `no_sync()`, under which a backward pass only adds to the gradients; `clip_grad_norm`, by the full
+    model's norm, which also adds up numbers over all workers; `gather()`, the full parameters, one by one;
+    `part_of(full, piece)`, what belongs into a piece.
+    """
     # Data, model, and masks: which of the S subnetworks holds which neuron
     out_dir = Path(args.out_dir)
     checkpoint = open_checkpoint(out_dir) if args.resume else {}
@@ -192,14 +204,14 @@ def train(args, device):
     dataset, config = load_data(args)
     design = Design(args, config)
     full = design.full_model()
-    # The steps done so far, and how many of them were updates: those that are not finite are skipped
+    # The steps done before, and how many of them changed the weights: a step with a NaN does not
     first, updates = check_checkpoint(checkpoint, design, full, dataset) if checkpoint else (0, 0)
     agree({**vars(args), "contents of --data": dataset.digest, "checkpoint": checkpoint.get("checksum"),
            "masks": data.fingerprint(mask.numpy() for mask in design.masks.values())})
     on_rank_0(claim_out_dir, args)
     describe(design, dataset, saved, device)
     batch = dataset.batch("train", 0, 0, 1)                          # for its shape
-    flops, full_flops = measure_workers(design, full, batch)         # of a micro-step: mean and DDP's
+    flops, full_flops = measure_workers(design, full, batch)         # of a micro-step: workers' mean, DDP's
     steps = round(args.steps * full_flops / flops) if args.flop_match else args.steps
     last = min(steps, args.until or steps)
     if first >= last:
@@ -526,8 +538,8 @@ def sample(args, count=200):
         raise UserError(f"--sample needs --resume and a checkpoint in --out-dir {args.out_dir}")
     saved = checkpoint["config"]
     settle(args, saved)                                              # refuses another --model
-    if FAMILIES[args.model] is not TEXT:
-        raise UserError(f"--sample prints text, and the checkpoint's model, {args.model}, reads images")
+    if args.model not in llama.PRESETS:
+        raise UserError(f"--sample prints text of a LLaMA, and the checkpoint's model is {args.model}")
     encoding = data.encoding_for(saved.get("vocab_size"))
     device = pick_device(args.device)
     with torch.device("meta"):
@@ -535,12 +547,12 @@ def sample(args, count=200):
     if kinds(checkpoint.get("model")) != kinds(model.state_dict()):
         raise UserError("the checkpoint's model has other names, shapes or types than it should")
     model.load_state_dict(checkpoint["model"], assign=True)
-    tokens = torch.tensor([encoding.encode_ordinary(args.sample) or [10]], device=device)
+    tokens = torch.tensor([encoding.encode_ordinary(args.sample or "\n")], device=device)
     rng = torch.Generator(device).manual_seed(0)
     say(encoding.decode(model.to(device).generate(tokens, count, generator=rng)[0].tolist()))
 
 
-# -- The out-dir, and checkpoints: always of the full model, so that any workers can go on with any -
+# -- The out-dir, and checkpoints: they have the full model, so other workers can go on with them ---
 
 RUN_FILES = ("metrics.jsonl", "ckpt.pt", "ckpt.prev.pt")
 
@@ -562,7 +574,7 @@ def claim_out_dir(args):
 
 
 def begin_metrics(args, start):
-    """Drops from metrics.jsonl what comes after step `start`, which is done again; or the whole old run."""
+    """Removes the lines after step `start` from metrics.jsonl; with --overwrite, the whole old run."""
     out_dir = Path(args.out_dir)
     metrics, part = out_dir / "metrics.jsonl", out_dir / "metrics.part"
     if args.overwrite:
@@ -579,9 +591,10 @@ def begin_metrics(args, start):
 
 def add_line(path, line):
     """Adds a line to metrics.jsonl."""
+    # null for NaN and infinity, which JSON does not have
     line = {name: None if x is None or not math.isfinite(x) else x for name, x in line.items()}
     with open(path, "a") as f:
-        f.write(json.dumps(line) + "\n")                             # JSON knows no NaN
+        f.write(json.dumps(line) + "\n")
 
 
 def save_checkpoint(out_dir, facts, sync, full, optimizer, moments, updates):
@@ -591,7 +604,7 @@ def save_checkpoint(out_dir, facts, sync, full, optimizer, moments, updates):
     optimizer's state.  updates: how often it has stepped; before the first time its moments are zeros.
     """
     def gathered(tensors=None):
-        return {name: t.cpu().clone() for name, t in sync.gather(tensors) if RANK == 0}
+        return {name: t.to("cpu", copy=True) for name, t in sync.gather(tensors) if RANK == 0}
 
     model = gathered()
     state = {name: {"step": updates} for name in model}
@@ -619,7 +632,7 @@ def write_checkpoint(checkpoint, path):
             raise OSError("it does not read back as it was written")
     except (OSError, RuntimeError, zipfile.BadZipFile) as e:         # on a full disk torch has a RuntimeError
         part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; --resume then goes on") from None
+        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; mend that, then --resume") from None
     if path.exists():
         os.replace(path, path.with_name("ckpt.prev.pt"))
     os.replace(part, path)
@@ -629,41 +642,45 @@ def write_checkpoint(checkpoint, path):
 
 
 def open_checkpoint(out_dir):
-    """-> the newest undamaged checkpoint, with a checksum, or {} if there is none.
-
-    Its tensors are mapped: a rank reads only what it cuts.
-    """
-    damaged = []
-    for path in out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt":
-        if not path.exists():
-            continue
-        checkpoint = None
-        try:
-            # torch.load notices no flipped bit, but the zip checksums do; what zip forgives, torch does not
-            archive = zipfile.ZipFile(path)
-            if archive.testzip():
-                raise zipfile.BadZipFile
-            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError:                               # more than tensors and plain values
-            pass
-        except Exception:                                            # damage has many faces
-            with open(path, "rb") as file:
-                if file.read(2) == b"PK":                            # an archive, as ours are
-                    damaged.append(path)
-                    continue
-        config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
-        if not isinstance(config, dict) or config.get("model") not in FAMILIES or "data_digest" not in config:
-            raise UserError(f"{path} is not a checkpoint of this program: move it, or change --out-dir")
-        if damaged:
-            say(f"warning: {damaged[0]} is damaged, going on from {path}")
-        return {**checkpoint, "checksum": [file.CRC for file in archive.infolist()]}
-    if damaged:
-        raise UserError(f"{damaged[0]} is damaged and no other is there: start again with --overwrite")
+    """-> the newest undamaged checkpoint, or {} if there is none."""
+    paths = [path for path in (out_dir / "ckpt.pt", out_dir / "ckpt.prev.pt") if path.exists()]
+    for path in paths:
+        checkpoint = read_checkpoint(path)
+        if checkpoint is not None:
+            if path != paths[0]:
+                say(f"warning: {paths[0]} is damaged, going on from {path}")
+            return checkpoint
+    if paths:
+        raise UserError(f"{paths[0]} is damaged and no other is there: start again with --overwrite")
     return {}
 
 
+def read_checkpoint(path):
+    """-> the checkpoint, with a checksum; None if the file is damaged.  Refuses what is not ours.
+
+    Its tensors are mapped: a rank reads only what it cuts.
+    """
+    checkpoint = None
+    try:
+        # zip's checksums find a flipped bit, which torch.load does not; torch.load finds what zip forgives
+        archive = zipfile.ZipFile(path)
+        if archive.testzip():
+            raise zipfile.BadZipFile
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:                                   # more than tensors and plain values
+        pass
+    except Exception:                                                # damage raises errors of any kind
+        with open(path, "rb") as file:
+            if file.read(2) == b"PK":                                # an archive, as ours are
+                return None
+    config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
+    if not isinstance(config, dict) or config.get("model") not in FAMILIES or "data_digest" not in config:
+        raise UserError(f"{path} is not a checkpoint of this program: move it, or change --out-dir")
+    return {**checkpoint, "checksum": [file.CRC for file in archive.infolist()]}
+
+
 def kinds(x):
-    """All of a nest of dicts but its numbers: names, shapes, types."""
+    """The names, shapes and types in nested dicts, without the values."""
     if isinstance(x, dict):
         return {name: kinds(value) for name, value in x.items()}
     return (x.shape, x.dtype) if torch.is_tensor(x) else type(x)
@@ -699,7 +716,7 @@ def say(*words):
 
 
 def watch_signals():
-    """A signal to end lets the update end first, and the checkpoint be written.  Ctrl-C after it does not."""
+    """After a signal the update ends, and a checkpoint is saved.  A Ctrl-C after that ends all at once."""
     def stop(*_):
         global STOP
         STOP = True
@@ -739,7 +756,7 @@ def start_processes(wanted, timeout):
     wait = timedelta(seconds=timeout)
     store, rank, world = next(rendezvous("env://", timeout=wait))
     if ranks_here == WORLD:
-        # torchrun keeps the store over restarts, and ranks would find addresses of the dead in it
+        # After a restart torchrun's store still has the addresses of dead ranks: use other keys in it
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait,
                             device_id=device if backend == "nccl" else None)
@@ -772,7 +789,7 @@ def on_rank_0(work, *arguments):
         try:
             work(*arguments)
         except (UserError, OSError) as e:
-            error = [str(e)]
+            error = [str(e) or type(e).__name__]
     if DISTRIBUTED:
         dist.broadcast_object_list(error, group=PATIENT)
     if error[0]:
@@ -786,7 +803,7 @@ def main(argv=None):
     elif RANK == 0:
         sample(args)
     if dist.is_initialized():
-        dist.barrier()                                               # or gloo fails whoever still connects
+        dist.barrier()                                               # or gloo fails a rank still connecting
         dist.destroy_process_group()
 
 
@@ -808,7 +825,7 @@ def run(main):
         sys.stdout.reconfigure(errors="replace")                     # not every terminal can show the masks
     code = data.run_program(this_rank)
     if code:
-        os._exit(code)                                               # threads of dead connections would wait
+        os._exit(code)                                               # sys.exit waits for dead connections
 
 
 if __name__ == "__main__":

@@ -393,7 +393,7 @@ def shapes(args):
     config = family.module.PRESETS[args.model]
     with torch.device("meta"):
         if family is train.IMAGES:
-            config = replace(config, num_classes=data.IMAGES[args.data][0])
+            config = replace(config, num_classes=data.IMAGE_SETS[args.data][0])
             images = torch.empty(args.batch_size, 3, 32, 32)
             return config, (images, torch.empty(args.batch_size, dtype=torch.int64))
         vocab_size = 32000

@@ -559,7 +559,7 @@ def cifar_archive(hub, name, monkeypatch, per_file=6):
     """An archive in the format of the real one, served from this machine; its checksums in torchvision."""
     import torchvision
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    rng, classes, files = np.random.default_rng(0), data.IMAGES[name][0], {}
+    rng, classes, files = np.random.default_rng(0), data.IMAGE_SETS[name][0], {}
     key = "labels" if name == "cifar10" else "fine_labels"
     for file, _ in kind.train_list + kind.test_list:
         rows = rng.integers(256, size=(per_file, 3072), dtype=np.uint8)
@@ -593,7 +593,7 @@ def test_cifar_is_downloaded_once_and_read_through_torchvision(hub, monkeypatch,
     assert labels[:6].tolist() == first[key]
     assert len(labels) == (30 if name == "cifar10" else 6) and len(dataset.splits["val"][1]) == 6
     assert dataset.validation == f"the 6 test images of {name}"
-    assert dataset.num_classes == data.IMAGES[name][0]
+    assert dataset.num_classes == data.IMAGE_SETS[name][0]
 
 
 def test_bad_cifar_is_one_clear_line_and_does_no_harm(hub, monkeypatch):
@@ -624,6 +624,7 @@ def test_bad_cifar_is_one_clear_line_and_does_no_harm(hub, monkeypatch):
     (["text", "a.txt"], "datasets"),                       # a file stands where the folder should be
     (["fineweb"], "datasets"),
     (["fineweb", "--shards", "x"], "invalid int"),
+    (["fineweb", "--shards", "104"], "--shards must be from 1 to 103, not 104"),
     (["imagenet"], "invalid choice"),
 ])
 def test_bad_commands_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, arguments, message):

@@ -276,8 +276,9 @@ def test_checkpoint_is_an_ordinary_llama(tmp_path, capsys):
     for name, state in saved["optimizer"].items():
         assert state["exp_avg"].shape == state["exp_avg_sq"].shape == saved["model"][name].shape
         assert state["step"] == 6
-    train.main(["--resume", "--out-dir", str(tmp_path / "out"), "--sample", "def ", "--device", "cpu"])
-    assert capsys.readouterr().out.startswith("def ")
+    for text, start in ("def ", "def "), ("", "\n"):                 # a text cannot begin with nothing
+        train.main(["--resume", "--out-dir", str(tmp_path / "out"), "--sample", text, "--device", "cpu"])
+        assert capsys.readouterr().out.startswith(start)
 
 
 SLOW_DISK = """
@@ -607,6 +608,7 @@ BAD = [
     (["--resume", "--sample", "x"], "--sample needs --resume and a checkpoint"),
     (["--compile"], "--compile and .* need real workers"),
     (["--checkpoint-activations"], "--checkpoint-activations need real workers"),
+    (["--reduce-dtype", "bf16"], "--reduce-dtype bf16, .* need real workers"),
     (["--frobnicate"], "unrecognized arguments"),
     (["train"], "unrecognized arguments"),
     (["--model", "resnet18"],
