@@ -106,10 +106,11 @@ def masks():
     for axis, level, make in (axes[0], "block", sdp.block_masks), (axes[1], "neuron", sdp.neuron_masks):
         made = make(branches, 8, 6)
         picture = np.concatenate([mask.numpy() for mask in made.values()])               # [8 * 64 neurons, 8]
-        axis.imshow(picture, aspect="auto", interpolation="none", cmap="Blues", vmin=-0.15, vmax=1.4)
+        colours = matplotlib.colors.ListedColormap(["#e0d8c8", "#1b6ca8"])                   # not held, held
+        axis.imshow(picture, aspect="auto", interpolation="none", cmap=colours)
         axis.set_yticks([64 * i + 31.5 for i in range(8)], [f"block {i}" for i in range(8)])
         for i in range(1, 8):
-            axis.axhline(64 * i - 0.5, color="white", linewidth=2)
+            axis.axhline(64 * i - 0.5, color="black", linewidth=1)
         for i in range(1, 8):
             axis.axvline(i - 0.5, color="white", linewidth=3)
         axis.set_title(f"{level} level, coverage 6/8", fontsize=13)
