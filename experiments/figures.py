@@ -190,6 +190,7 @@ LOOKS = {                                                            # row -> la
     "neuron-6-ends-early-3{}-flops": ("SDP ends 3/8, then 5/8", "#7b2d8b"),
     "ddp-half-batch{}-flops": ("DDP, half the batch", "#999999"),
     "small-6-layers{}-flops": ("DDP, 6 of 8 blocks", "#2f7d4f"),
+    "small-6-layers-half-batch{}-flops": ("DDP, 6 of 8 blocks, half the batch", "#8cc49f"),
 }
 
 
@@ -204,7 +205,7 @@ def flops():
         found = best_runs(updates)
         for name, (label, colour) in LOOKS.items():
             rows = found.get(name.format(ending))
-            if not rows:
+            if not rows or len(rows) < SEEDS:
                 continue
             steps = [step for step, _ in rows[0]["curve"]]
             if steps[-2] > 0.98 * steps[-1]:                         # two points in one place
@@ -213,18 +214,16 @@ def flops():
             flops, count = rows[0]["flops"], rows[0]["steps"]
             half = rows[0].get("first_half_flops", flops * (count // 2) / count)
             work = np.interp(steps, [0, count // 2, count], [0, half, flops]) / 1e12
-            seeds = f"{len(rows)} seeds" if len(rows) > 1 else "1 seed"
-            label = f"{label}, {seeds}"
             axis.plot(work, losses.mean(0), color=colour, marker="o", markersize=3.5, label=label)
             axis.fill_between(work, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
         setting = "4,096 tokens, warm-up 1/5" if ending == "-batch-x4" else "1,024 tokens, warm-up 2/5"
         axis.set_title(f"{updates:,} updates of DDP, {setting}", fontsize=11, loc="left")
         axis.set_xlabel("work of all workers, 10^12 FLOP")
-        axis.set_ylabel("validation loss, nats per byte")
+        axis.set_ylabel("validation loss, nats per byte; 3 seeds")
         axis.spines[["top", "right"]].set_visible(False)
         low, high = axis.get_ylim()
-        axis.set_ylim(low, high + 0.2 * (high - low))                # room for the legend
-        axis.legend(frameon=False, fontsize=9)
+        axis.set_ylim(low, high + 0.05 * len(axis.lines) * (high - low))  # room for the legend
+        axis.legend(frameon=False, fontsize=9, loc="upper right")
     fig.tight_layout()
     fig.savefig(HERE / "figures/flops.png", dpi=130, facecolor="white")
     plt.close(fig)
