@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from contextlib import contextmanager
@@ -162,8 +163,9 @@ class Torchrun:
     def __init__(self, ranks, script, arguments, restarts=0):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
                    f"--max-restarts={restarts}", script, *arguments]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=pipe, stderr=pipe,
+        # Files, as a pipe that nobody reads would fill up, and then rank 0 would wait
+        self.written = [tempfile.TemporaryFile("w+") for _ in range(2)]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.written[0], stderr=self.written[1],
                                         env=ENVIRONMENT)
 
     def workers(self):
@@ -175,12 +177,18 @@ class Torchrun:
     def wait_for_line(self, path, count, seconds=120):
         end = time.monotonic() + seconds
         while not path.exists() or len(path.read_text().splitlines()) < count:
-            assert time.monotonic() < end and self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < end and self.process.poll() is None, self.said()
             time.sleep(0.02)
 
+    def said(self):
+        """-> what it has written to standard output, and to standard error."""
+        for file in self.written:
+            file.seek(0)
+        return [file.read() for file in self.written]
+
     def end(self, seconds=150):
-        out, err = self.process.communicate(timeout=seconds)
-        return self.process.returncode, out, err
+        code = self.process.wait(seconds)
+        return code, *self.said()
 
 
 def alive(process):
