@@ -174,8 +174,8 @@ def branch_holders(mask):
 # 1. A subnetwork has its neurons sorted by holder set.  (A branch is a sum: their order does not matter.)
 # 2. Each cut parameter is stored neuron by neuron.  So one that is cut by columns (down_proj) is stored
 #    column after column, like a transposed tensor.
-# 3. So what one holder set has of a parameter is one stretch of memory.  A second, 1-D parameter is laid over
-#    it, a *piece*.  The module computes with the one, the optimizer steps on the other: the numbers are the
+# 3. So what one holder set has of a parameter is one stretch of memory: a *piece*.  A second, 1-D parameter
+#    is laid over it.  The module computes with the one, the optimizer steps on the other: the numbers are the
 #    same.  Averaging, optimizer and refreshes need no dimensions.
 #
 # An example, with three subnets, six neurons n0 to n5, and two numbers for each:

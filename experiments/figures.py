@@ -106,7 +106,7 @@ def masks():
     for axis, level, make in (axes[0], "block", sdp.block_masks), (axes[1], "neuron", sdp.neuron_masks):
         made = make(branches, 8, 6)
         picture = np.concatenate([mask.numpy() for mask in made.values()])               # [8 * 64 neurons, 8]
-        colours = matplotlib.colors.ListedColormap(["#e0d8c8", "#1b6ca8"])                   # not held, held
+        colours = matplotlib.colors.ListedColormap(["#e0d8c8", "#1b6ca8"])  # not held, held
         axis.imshow(picture, aspect="auto", interpolation="none", cmap=colours)
         axis.set_yticks([64 * i + 31.5 for i in range(8)], [f"block {i}" for i in range(8)])
         for i in range(1, 8):
@@ -204,8 +204,8 @@ def flops():
     for axis, (ending, updates) in zip(axes.flat, settings):
         found = best_runs(updates)
         for name, (label, colour) in LOOKS.items():
-            rows = found.get(name.format(ending))
-            if not rows or len(rows) < SEEDS:
+            rows = found.get(name.format(ending), [])
+            if len(rows) < SEEDS:
                 continue
             steps = [step for step, _ in rows[0]["curve"]]
             if steps[-2] > 0.98 * steps[-1]:                         # two points in one place

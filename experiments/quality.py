@@ -6,7 +6,7 @@ Trains many small LLaMAs on text, by different methods, and compares the validat
     python experiments/quality.py --list                        the rows, one a method
     python experiments/quality.py                               all rows, important first; two days on a core
     python experiments/quality.py ddp 'block-6*' --updates 250  some rows (patterns as in a shell), one length
-    python experiments/quality.py --table                       mean and standard deviation of what is there
+    python experiments/quality.py --table                       mean and standard deviation; --updates as well
 
 Each run appends one line to experiments/results/quality.jsonl.  The script does not repeat a run that is
 there.  So you can stop it at any time, and start it again to go on.
@@ -163,8 +163,7 @@ def rows():
     # As train.py warms up
     for name in ("ddp", "block-6", "block-6-flops", "neuron-6-flops", "neuron-6-ends-early-3-flops",
                  "ddp-half-batch-flops", "small-6-layers-flops", "neuron-6-ends-early-3-half-batch-flops",
-                 "small-6-layers-half-batch-flops",
-                 "digits-ddp", "digits-neuron-6-flops"):
+                 "small-6-layers-half-batch-flops", "digits-ddp", "digits-neuron-6-flops"):
         ending = "-flops" if name.endswith("-flops") else ""
         out[f"{name.removesuffix('-flops')}-warm-up{ending}"] = replace(out[name], **remedies["warm-up"])
     return out

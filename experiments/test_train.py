@@ -258,7 +258,20 @@ def refused(folder, message, *arguments, out="out"):
 
 # -- What a run computes and writes ----------------------------------------------------------------
 
-def test_checkpoint_is_an_ordinary_llama(tmp_path, capsys):
+class OtherNumbers:
+    """An encoding in which a newline is not token 10, as in GPT-2's."""
+
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+
+    def encode_ordinary(self, text):
+        return [(byte + 1) % self.vocab_size for byte in text.encode()]
+
+    def decode(self, tokens):
+        return bytes((token - 1) % self.vocab_size for token in tokens).decode("latin-1")
+
+
+def test_checkpoint_is_an_ordinary_llama(tmp_path, capsys, monkeypatch):
     """transformers loads it unchanged, with the same logits and the validation loss that we measured."""
     from transformers import LlamaConfig, LlamaForCausalLM
     train.main(flags(tmp_path, "--level", "neuron", "--masking", "backward"))
@@ -287,6 +300,9 @@ def test_checkpoint_is_an_ordinary_llama(tmp_path, capsys):
     for text, start in ("def ", "def "), ("", "\n"):                 # a text cannot begin with nothing
         train.main(["--resume", "--out-dir", str(tmp_path / "out"), "--sample", text, "--device", "cpu"])
         assert capsys.readouterr().out.startswith(start)
+    monkeypatch.setattr(data, "encoding_for", OtherNumbers)
+    train.main(["--resume", "--out-dir", str(tmp_path / "out"), "--sample", "", "--device", "cpu"])
+    assert capsys.readouterr().out.startswith("\n")
 
 
 SLOW_DISK = """
